@@ -1,0 +1,51 @@
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace lacuna {
+
+// A fixed team of threads that runs one parallel loop at a time. The caller takes part.
+// Work is handed out in pieces whose bounds do not depend on the number of threads, so that a
+// body that writes only its own piece gives the same bits for any team size.
+class ThreadPool {
+ public:
+  // threads = 0: one for each core this process may run on.
+  explicit ThreadPool(int threads = 0);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls body(index, thread) for every index in [0, count); indices are taken in order, one at a
+  // time, by whichever thread is free. thread is in [0, size()). The first exception is rethrown
+  // here once all threads have stopped. Loops must not be nested on the same pool.
+  void parallel_for(int64_t count, const std::function<void(int64_t index, int thread)>& body);
+
+ private:
+  void worker(int thread);
+  void run_pieces(int thread);
+
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  const std::function<void(int64_t, int)>* body_ = nullptr;
+  int64_t count_ = 0;
+  std::atomic<int64_t> next_{0};
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> running_{0};
+  bool stop_ = false;
+  std::exception_ptr error_;
+};
+
+// Cores this process may run on.
+int available_cores();
+
+}  // namespace lacuna

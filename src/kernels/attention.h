@@ -1,0 +1,100 @@
+#pragma once
+
+#include <cmath>
+#include <span>
+
+#include "kernels/context.h"
+
+namespace lacuna {
+
+// How a KV page is laid out. A page holds `page_slots` slots of one layer and one KV head:
+//   K [page_slots, d] dtype | V [page_slots, d] dtype | k_scale [page_slots] f32 | v_scale f32 |
+//   position [page_slots] i32
+// dtype is f32, bf16 or int8; the scales exist for int8 only (value = code * scale, a scale per
+// token and head). Every part starts 64-byte aligned. K is stored after RoPE.
+struct KvLayout {
+  DType dtype = DType::kF32;
+  int head_dim = 0;
+  int page_slots = 32;
+
+  size_t k_offset() const { return 0; }
+  size_t v_offset() const { return aligned(kv_part()); }
+  size_t k_scale_offset() const { return v_offset() + aligned(kv_part()); }
+  size_t v_scale_offset() const { return k_scale_offset() + (dtype == DType::kI8 ? aligned(word_part()) : 0); }
+  size_t position_offset() const { return v_scale_offset() + (dtype == DType::kI8 ? aligned(word_part()) : 0); }
+  size_t page_bytes() const { return position_offset() + aligned(word_part()); }
+  // Bytes that one slot needs: keys, values, scales, position; no padding.
+  size_t slot_bytes() const {
+    return 2 * static_cast<size_t>(head_dim) * dtype_size(dtype) + (dtype == DType::kI8 ? 8 : 0) + 4;
+  }
+
+ private:
+  static size_t aligned(size_t b) { return (b + 63) / 64 * 64; }
+  size_t kv_part() const { return static_cast<size_t>(page_slots) * head_dim * dtype_size(dtype); }
+  size_t word_part() const { return static_cast<size_t>(page_slots) * 4; }
+};
+
+// The slots of one layer and KV head: ascending in position, `length` of them, page after page.
+struct KvHeadView {
+  std::byte* const* pages = nullptr;
+  int64_t length = 0;
+
+  const int32_t* positions(const KvLayout& l, int64_t page) const {
+    return reinterpret_cast<const int32_t*>(pages[page] + l.position_offset());
+  }
+  int32_t position(const KvLayout& l, int64_t slot) const {
+    return positions(l, slot / l.page_slots)[slot % l.page_slots];
+  }
+};
+
+// One sequence's share of an attention call. Its T new tokens are already in the cache: they are the
+// last T slots of every head, in order. Heads may differ in length otherwise.
+struct AttentionSequence {
+  const float* q = nullptr;  // [T, H, d] after RoPE, rows q_stride floats apart
+  float* out = nullptr;      // [T, H, d], rows out_stride floats apart
+  int64_t tokens = 0;        // T
+  int64_t first_position = 0;
+  const KvHeadView* heads = nullptr;  // [G]
+};
+
+struct AttentionShape {
+  int query_heads = 0;  // H; query head h reads KV head h / (H / G)
+  int kv_heads = 0;     // G
+  float scale = 0;      // usually 1/sqrt(d)
+  int64_t window = 0;   // keys with position > query position - window are visible; 0 = all
+  int64_t q_stride = 0, out_stride = 0;  // 0 = H * d
+};
+
+// out = softmax(q K^T * scale, causal) V for every sequence. Query t of a sequence sees slots
+// [0, length - T + t] of its head (those inside the window). Softmax in f32. One call serves
+// prefill chunks (large T), decode (T = 1, many sequences), and continuation over an evicted cache.
+// A sequence's result does not depend on the other sequences or on the number of threads.
+void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape, std::span<const AttentionSequence> seqs);
+
+// Writes T new slots of G heads: k and v are [T, G, d] f32, rows `stride` floats apart (0 = G*d).
+// Converts to the layout's dtype (int8: scale = amax/127 per token and head, round half to even).
+// The pages for slots [length, length + T) of each head exist already; views' length is the old one.
+void kv_append(Context& ctx, const KvLayout& layout, const KvHeadView* heads, int kv_heads, const float* k,
+               const float* v, int64_t tokens, int64_t first_position, int64_t stride = 0);
+
+// Reads slots [begin, end) of a head as f32 rows: k_out, v_out [end-begin, d]; either may be null.
+void kv_read(Context& ctx, const KvLayout& layout, const KvHeadView& head, int64_t begin, int64_t end, float* k_out,
+             float* v_out);
+
+// In-place compaction: slot keep[i] of the head moves to slot i (bit-exact copy of K, V, scales and
+// position). keep is ascending. Pages past the end are the caller's to free.
+void kv_compact(Context& ctx, const KvLayout& layout, const KvHeadView& head, std::span<const int32_t> keep);
+
+// Attention probabilities of a few queries over one KV head's whole row (softmax over all visible
+// slots, window included, causal): q [w, r, d] (rows q_stride floats apart) are the r query heads of this
+// group for the w last tokens, which are the last w slots. probs [r, w, n] with n = head.length; 0 where
+// not visible. f32 whatever the cache's dtype.
+void window_attention(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t w, int r,
+                      int64_t q_stride, int64_t first_position, float scale, int64_t window, float* probs);
+
+// Column sums of causal attention over ALL queries (observed attention, H2O): sums [r, n] +=
+// sum over t of softmax row t of q [T, r, d] (rows q_stride floats apart), the T queries being the last T slots.
+void attention_column_sums(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t tokens,
+                           int r, int64_t q_stride, int64_t first_position, float scale, int64_t window, float* sums);
+
+}  // namespace lacuna

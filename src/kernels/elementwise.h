@@ -1,0 +1,21 @@
+#pragma once
+
+#include "kernels/context.h"
+
+namespace lacuna {
+
+// y[m, d] = x * rsqrt(mean(x^2) + eps) * weight[d], f32 throughout; rows `stride` floats apart
+// (0 = dense) in both. x and y may be the same. Used with d = head_dim for q/k norms too.
+void rms_norm(Context& ctx, const float* x, int64_t m, int64_t d, const float* weight, float eps, float* y,
+              int64_t stride = 0);
+
+// out[m, f] = silu(gate[m, f]) * up[m, f]; rows of gate and up `stride` floats apart (0 = dense), so
+// that both may be halves of one product. out dense; may alias gate when dense.
+void silu_mul(Context& ctx, const float* gate, const float* up, int64_t m, int64_t f, float* out, int64_t stride = 0);
+
+// Rotary embedding, half-split (NeoX) pairs (i, i + d/2), in place on x [m, heads, d] (rows `stride`
+// floats apart, 0 = dense). cos_table/sin_table are [m, d/2], already scaled by any attention factor.
+void rope(Context& ctx, float* x, int64_t m, int64_t heads, int64_t d, const float* cos_table, const float* sin_table,
+          int64_t stride = 0);
+
+}  // namespace lacuna

@@ -1,0 +1,34 @@
+#pragma once
+
+#include "kernels/context.h"
+
+namespace lacuna {
+
+// A linear layer's parameters, as stored: weight [N, K] row-major in f32, f16, bf16 or int8.
+// int8 rows need row_scale [N]: real weight = code * row_scale[row].
+struct LinearWeight {
+  Tensor weight;
+  const float* row_scale = nullptr;
+  const float* bias = nullptr;  // [N] or null
+  int64_t out() const { return weight.shape[0]; }
+  int64_t in() const { return weight.shape[1]; }
+};
+
+enum class LinearMode : uint8_t { kStore, kAccumulate };  // y = …  |  y += …
+
+// y[M, N] (=|+=) x[M, K] · W[N, K]^T + bias. x and y are f32, row-major, rows x_stride / y_stride
+// floats apart (0 = dense). Accumulates in f32. ctx.activations decides whether x is rounded to
+// bf16 first (kBF16) or used as it is. M = 1 … a few streams the weights once at memory speed;
+// large M packs panels. The result of a row does not depend on M's split, on other rows, or on the
+// number of threads beyond the choice between the small-M and large-M body.
+void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, float* y,
+            LinearMode mode = LinearMode::kStore, int64_t x_stride = 0, int64_t y_stride = 0);
+
+// Quantises rows symmetrically: code = round_half_even(w / scale), scale = amax / 127, for weights
+// of dtype f32, f16 or bf16 [N, K]. codes [N, K], scales [N]. An all-zero row gets scale 0.
+void quantize_rows(Context& ctx, const Tensor& weight, int8_t* codes, float* scales);
+
+// out[i, :] = row ids[i] of table [V, D] (any LinearWeight dtype) as f32. ids must be in range.
+void embed_rows(Context& ctx, const LinearWeight& table, const int32_t* ids, int64_t count, float* out);
+
+}  // namespace lacuna

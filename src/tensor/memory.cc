@@ -1,0 +1,62 @@
+#include "tensor/memory.h"
+
+#include <cstdlib>
+
+#include "base/error.h"
+
+namespace lacuna {
+namespace {
+constexpr size_t kAlignment = 64;  // one cache line, one AVX-512 register
+size_t rounded(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+}  // namespace
+
+std::string_view memory_tag_name(MemoryTag tag) {
+  switch (tag) {
+    case MemoryTag::kWeights: return "weights";
+    case MemoryTag::kKv: return "kv";
+    case MemoryTag::kState: return "state";
+    case MemoryTag::kActivations: return "activations";
+    case MemoryTag::kScratch: return "scratch";
+  }
+  return "?";
+}
+
+void MemoryAccount::charge(MemoryTag tag, size_t bytes) {
+  Counter& c = at(tag);
+  const size_t limit = c.limit.load();
+  size_t now = c.now.load();
+  do {
+    if (limit && (bytes > limit || now > limit - bytes))
+      throw OutOfMemory("{} memory: {} bytes were asked for with {} in use; the limit is {} bytes",
+                        memory_tag_name(tag), bytes, now, limit);
+  } while (!c.now.compare_exchange_weak(now, now + bytes));
+  size_t peak = c.peak.load();
+  while (peak < now + bytes && !c.peak.compare_exchange_weak(peak, now + bytes)) {
+  }
+}
+
+void* MemoryAccount::allocate(MemoryTag tag, size_t bytes) {
+  if (bytes > (size_t{1} << 47))
+    throw OutOfMemory("{} memory: {} bytes were asked for, more than any machine addresses", memory_tag_name(tag), bytes);
+  charge(tag, bytes);
+  void* data = std::aligned_alloc(kAlignment, rounded(bytes ? bytes : 1));
+  if (!data) {
+    at(tag).now.fetch_sub(bytes);
+    throw OutOfMemory("{} memory: the system refused {} bytes ({} in use)", memory_tag_name(tag), bytes, now(tag));
+  }
+  return data;
+}
+
+void MemoryAccount::release(MemoryTag tag, void* data, size_t bytes) noexcept {
+  std::free(data);
+  at(tag).now.fetch_sub(bytes);
+}
+
+void MemoryAccount::count_external(MemoryTag tag, int64_t bytes) {
+  if (bytes >= 0)
+    charge(tag, static_cast<size_t>(bytes));
+  else
+    at(tag).now.fetch_sub(static_cast<size_t>(-bytes));
+}
+
+}  // namespace lacuna

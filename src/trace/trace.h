@@ -1,0 +1,59 @@
+// trace: the event ledger. Kernels report what they did; nobody computes it from a formula.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <string_view>
+
+namespace lacuna {
+
+// Operator classes of the ledger (shared/spec/hardware.md 3.1 uses the same words).
+enum class OpKind : uint8_t {
+  kGemm, kAttention, kNorm, kActivation, kRope, kEmbed, kQuantize, kEvictScore, kEvictSelect,
+  kCompact, kKvAppend, kSample, kCopy,
+  kScan, kRouter, kExpert, kSpike,  // recurrent states, mixture of experts, spike coding
+  kCount
+};
+std::string_view op_kind_name(OpKind kind);
+
+// What one call of an op really did. Bytes are those of the operands the body touched, once each.
+struct OpRecord {
+  OpKind kind = OpKind::kGemm;
+  int32_t layer = -1;
+  int64_t m = 0, n = 0, k = 0;       // problem size in the op's own terms
+  int64_t macs = 0;                  // dense multiply-accumulates executed
+  int64_t weight_bytes = 0;
+  int64_t activation_bytes = 0;      // read + written
+  int64_t kv_read_bytes = 0;
+  int64_t kv_write_bytes = 0;
+  int64_t kv_tokens_kept = 0;
+  int64_t kv_tokens_evicted = 0;
+  int64_t duration_ns = 0;
+};
+
+// Receives records. Implementations must be cheap: they are called between kernels.
+class TraceSink {
+ public:
+  virtual ~TraceSink() = default;
+  virtual void record(const OpRecord& record) = 0;
+};
+
+// Sums by operator class: what `bench` and `run` print beside the measured limits.
+class OpTotals : public TraceSink {
+ public:
+  struct Sum {
+    int64_t calls = 0, macs = 0, weight_bytes = 0, activation_bytes = 0, kv_read_bytes = 0, kv_write_bytes = 0,
+            duration_ns = 0;
+    int64_t bytes() const { return weight_bytes + activation_bytes + kv_read_bytes + kv_write_bytes; }
+  };
+  void record(const OpRecord& r) override;
+  const Sum& of(OpKind kind) const { return sums_[static_cast<size_t>(kind)]; }
+  Sum total() const;
+  void reset() { sums_ = {}; }
+
+ private:
+  std::array<Sum, static_cast<size_t>(OpKind::kCount)> sums_{};
+};
+
+}  // namespace lacuna
