@@ -1,0 +1,73 @@
+#include "kernels/cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+
+#include "base/error.h"
+
+namespace lacuna {
+namespace {
+
+constexpr Isa kLevels[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+
+// The level in use, or -1 before the first question.
+std::atomic<int> level{-1};
+
+Isa from_environment() {
+  const Isa best = detected_isa();
+  const char* wish = std::getenv("LACUNA_ISA");
+  if (!wish || !*wish) return best;
+  for (Isa isa : kLevels) {
+    if (isa_name(isa) != wish) continue;
+    if (isa > best)
+      throw BadInput("LACUNA_ISA asks for {}, but this machine goes no further than {}", wish, isa_name(best));
+    return isa;
+  }
+  throw BadInput("LACUNA_ISA is \"{}\"; expected scalar, avx2, avx512 or avx512_bf16", wish);
+}
+
+}  // namespace
+
+std::string_view isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar: return "scalar";
+    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAvx512Bf16: return "avx512_bf16";
+  }
+  return "?";
+}
+
+Isa detected_isa() {
+#if defined(__x86_64__)
+  // These builtins ask the operating system's register state (XCR0) as well as the processor.
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    return Isa::kScalar;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl") ||
+      !__builtin_cpu_supports("avx512vnni"))
+    return Isa::kAvx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+#else
+  return Isa::kScalar;
+#endif
+}
+
+Isa cpu_isa() {
+  int now = level.load(std::memory_order_relaxed);
+  if (now < 0) {
+    now = static_cast<int>(from_environment());
+    level.store(now, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(now);
+}
+
+ScopedIsa::ScopedIsa(Isa isa) : before_(level.load()) {
+  LACUNA_CHECK(isa <= detected_isa());
+  level.store(static_cast<int>(isa));
+}
+
+ScopedIsa::~ScopedIsa() { level.store(before_); }
+
+}  // namespace lacuna
