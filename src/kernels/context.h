@@ -2,6 +2,7 @@
 // Ops check their operands, run the body for the context's device and report to the trace.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <vector>
@@ -16,6 +17,9 @@ namespace lacuna {
 // Precision of matrix-product operands. The residual stream, norms, softmax and all accumulators
 // are f32 in either case; kBF16 rounds the activation operand of products to bf16.
 enum class ActivationType : uint8_t { kF32, kBF16 };
+
+// Named activation buffers of a forward pass; each holds as many rows as the largest call so far.
+enum class ActivationSlot : uint8_t { kHidden, kNormed, kQuery, kRawQuery, kKey, kValue, kMixed, kGate, kUp, kCos, kSin, kLogits, kCount };
 
 // What an op needs besides its operands: threads, memory, and who listens. One per running engine;
 // not thread-safe (ops run one after another and are parallel inside).
@@ -36,9 +40,16 @@ struct Context {
     scratch[static_cast<size_t>(slot)].ensure(memory, MemoryTag::kScratch, elements * sizeof(T));
     return scratch[static_cast<size_t>(slot)].template as<T>();
   }
+  // Like workspace(), tag kActivations: valid until the same slot is asked for a larger size.
+  float* activation(ActivationSlot slot, size_t elements) {
+    Buffer& buffer = activation_buffers[static_cast<size_t>(slot)];
+    buffer.ensure(memory, MemoryTag::kActivations, elements * sizeof(float));
+    return buffer.as<float>();
+  }
   int shared_slot() const { return static_cast<int>(scratch.size()) - 1; }
 
   std::vector<Buffer> scratch;
+  std::array<Buffer, static_cast<size_t>(ActivationSlot::kCount)> activation_buffers;
 };
 
 // Times an op and reports it, if anyone listens.

@@ -72,7 +72,8 @@ class LayerObserver {
   virtual void on_chunk(const LayerTap& tap, SequenceState& state) {}
   // All of the call's tokens are through `layer`; its keys and values are in the cache and may be evicted.
   virtual void on_layer_end(int layer, SequenceState& state) {}
-  // Residual stream [tokens, D] after embedding (layer = -1), after each layer, and after the final norm (layer = L).
+  // Residual stream [tokens, D] after embedding (layer = -1) and after each layer; after the last layer
+  // the final norm is applied first, as Hugging Face's hidden_states do.
   virtual bool wants_hidden() const { return false; }
   virtual void on_hidden(int layer, int64_t first_token, int64_t tokens, const float* hidden) {}
 };
