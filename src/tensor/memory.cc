@@ -35,13 +35,30 @@ void MemoryAccount::charge(MemoryTag tag, size_t bytes) {
   }
 }
 
+void MemoryAccount::charge_total(MemoryTag tag, size_t bytes) {
+  const size_t limit = total_limit_.load();
+  const size_t before = total_.fetch_add(bytes);
+  if (limit && (bytes > limit || before > limit - bytes)) {
+    total_.fetch_sub(bytes);
+    throw OutOfMemory("{} memory: {} bytes were asked for with {} allocated in all; the limit is {} bytes",
+                      memory_tag_name(tag), bytes, before, limit);
+  }
+}
+
 void* MemoryAccount::allocate(MemoryTag tag, size_t bytes) {
   if (bytes > (size_t{1} << 47))
     throw OutOfMemory("{} memory: {} bytes were asked for, more than any machine addresses", memory_tag_name(tag), bytes);
-  charge(tag, bytes);
+  charge_total(tag, bytes);
+  try {
+    charge(tag, bytes);
+  } catch (...) {
+    total_.fetch_sub(bytes);
+    throw;
+  }
   void* data = std::aligned_alloc(kAlignment, rounded(bytes ? bytes : 1));
   if (!data) {
     at(tag).now.fetch_sub(bytes);
+    total_.fetch_sub(bytes);
     throw OutOfMemory("{} memory: the system refused {} bytes ({} in use)", memory_tag_name(tag), bytes, now(tag));
   }
   return data;
@@ -50,6 +67,7 @@ void* MemoryAccount::allocate(MemoryTag tag, size_t bytes) {
 void MemoryAccount::release(MemoryTag tag, void* data, size_t bytes) noexcept {
   std::free(data);
   at(tag).now.fetch_sub(bytes);
+  total_.fetch_sub(bytes);
 }
 
 void MemoryAccount::count_external(MemoryTag tag, int64_t bytes) {

@@ -20,6 +20,9 @@ class MemoryAccount {
  public:
   // 0 = no limit.
   void set_limit(MemoryTag tag, size_t bytes) { at(tag).limit.store(bytes); }
+  // Bytes over all tags that may be allocated here (mapped files excluded); 0 = no limit. Keeps a
+  // request beyond the machine's memory an error instead of a kill.
+  void set_total_limit(size_t bytes) { total_limit_.store(bytes); }
   size_t limit(MemoryTag tag) const { return at(tag).limit.load(); }
   size_t now(MemoryTag tag) const { return at(tag).now.load(); }
   size_t peak(MemoryTag tag) const { return at(tag).peak.load(); }
@@ -38,6 +41,8 @@ class MemoryAccount {
   Counter& at(MemoryTag tag) { return counters_[static_cast<size_t>(tag)]; }
   const Counter& at(MemoryTag tag) const { return counters_[static_cast<size_t>(tag)]; }
   void charge(MemoryTag tag, size_t bytes);
+  void charge_total(MemoryTag tag, size_t bytes);
+  std::atomic<size_t> total_{0}, total_limit_{0};
   std::array<Counter, kMemoryTags> counters_;
 };
 
