@@ -64,6 +64,7 @@ class Decoder : public Model {
     info_.vocab = config_.vocab;
     info_.max_positions = config_.max_positions;
     info_.parameters = weights_.parameters();
+    info_.weight_dtype = layers_[0].q.weight.dtype;
     info_.weight_bytes = weights_.bytes();
     info_.token_weight_bytes = weights_.bytes() - (config_.tie_word_embeddings ? 0 : linear_bytes(embedding_));
   }

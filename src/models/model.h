@@ -28,6 +28,7 @@ struct ModelInfo {
   int layers = 0;
   int64_t hidden = 0, vocab = 0, max_positions = 0;
   int64_t parameters = 0;
+  DType weight_dtype = DType::kF32;  // of the layers' matrices, as held
   size_t weight_bytes = 0;         // as held in memory or mapped
   size_t token_weight_bytes = 0;   // weights that one decode step must read (all but the embedding table's other rows)
 };

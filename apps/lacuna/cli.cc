@@ -1,0 +1,107 @@
+#include "cli.h"
+
+#include <sys/resource.h>
+
+#include <charconv>
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+
+namespace lacuna::cli {
+namespace {
+
+// Memory the system could give without swapping, from /proc/meminfo; 0 if unknown.
+size_t available_memory() {
+  std::ifstream in("/proc/meminfo");
+  std::string key, unit;
+  size_t value = 0;
+  while (in >> key >> value >> unit)
+    if (key == "MemAvailable:") return value * 1024;
+  return 0;
+}
+
+DType parse_kv_dtype(const std::string& text, ActivationType activations) {
+  if (text == "auto") return activations == ActivationType::kBF16 ? DType::kBF16 : DType::kF32;
+  if (text == "f32") return DType::kF32;
+  if (text == "bf16") return DType::kBF16;
+  return DType::kI8;
+}
+
+}  // namespace
+
+void add_engine_options(CLI::App& app, EngineOptions& o) {
+  app.add_option("-m,--model", o.model_dir, "Model directory in the Hugging Face layout")->required();
+  app.add_option("--threads", o.threads, "Threads; 0 = every core this process may use")->check(CLI::Range(0, 1024));
+  app.add_option("--dtype", o.dtype, "Operands of matrix products: f32, bf16, or auto (f32 for f32 weights)")
+      ->check(CLI::IsMember({"auto", "f32", "bf16"}));
+  app.add_option("--weights", o.weights, "stored, or int8 (quantise per output row at load)")
+      ->check(CLI::IsMember({"stored", "int8"}));
+  app.add_option("--kv-dtype", o.kv_dtype, "KV cache: f32, bf16, int8 (a scale per token and head), or auto (as --dtype)")
+      ->check(CLI::IsMember({"auto", "f32", "bf16", "int8"}));
+  app.add_option("--chunk", o.chunk, "Prefill: tokens of activations at a time")->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
+  app.add_option("--memory-limit", o.memory_limit, "Refuse to allocate more than this (\"4GiB\"); default: what is free now");
+  app.add_flag("!--no-check", o.check_weights, "Do not read every weight once to refuse NaN and infinity");
+}
+
+Engine::Engine(const EngineOptions& o) : ctx(memory, o.threads) {
+  const auto start = std::chrono::steady_clock::now();
+  memory.set_total_limit(o.memory_limit.empty() ? available_memory() / 20 * 19 : parse_bytes(o.memory_limit, "--memory-limit"));
+  LoadOptions load;
+  load.weights = o.weights == "int8" ? WeightMode::kInt8 : WeightMode::kStored;
+  load.check_finite = o.check_weights;
+  model = load_model(ctx, o.model_dir, load);
+  const bool f32 = o.dtype == "f32" || (o.dtype == "auto" && model->info().weight_dtype == DType::kF32);
+  ctx.activations = f32 ? ActivationType::kF32 : ActivationType::kBF16;
+  kv.dtype = parse_kv_dtype(o.kv_dtype, ctx.activations);
+  prefill.chunk = o.chunk;
+  prefill.cancelled = interrupted;
+  load_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+std::unique_ptr<Tokenizer> open_tokenizer(const EngineOptions& options) { return load_tokenizer(options.model_dir); }
+
+std::string human_bytes(double bytes) {
+  static constexpr const char* kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  int unit = 0;
+  while (bytes >= 1024 && unit < 4) {
+    bytes /= 1024;
+    ++unit;
+  }
+  return unit == 0 ? fmt::format("{:.0f} B", bytes) : fmt::format("{:.1f} {}", bytes, kUnits[unit]);
+}
+
+size_t parse_bytes(const std::string& text, const std::string& what) {
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  const std::string unit(end, text.data() + text.size());
+  double scale = 0;
+  if (unit.empty() || unit == "B") scale = 1;
+  else if (unit == "KiB" || unit == "K") scale = 0x1p10;
+  else if (unit == "MiB" || unit == "M") scale = 0x1p20;
+  else if (unit == "GiB" || unit == "G") scale = 0x1p30;
+  if (error != std::errc() || scale == 0 || !(value > 0) || value * scale > 0x1p60)
+    throw BadInput("{}: found \"{}\", expected a size such as 64MiB or 4GiB", what, text);
+  return static_cast<size_t>(value * scale);
+}
+
+size_t peak_rss() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<size_t>(usage.ru_maxrss) * 1024;
+}
+
+nlohmann::json memory_json(const MemoryAccount& memory) {
+  nlohmann::json out;
+  for (int t = 0; t < kMemoryTags; ++t) {
+    const auto tag = static_cast<MemoryTag>(t);
+    out[std::string(memory_tag_name(tag))] = {{"now_bytes", memory.now(tag)}, {"peak_bytes", memory.peak(tag)}};
+  }
+  return out;
+}
+
+void print_out(std::string_view text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0)
+    throw IoError("standard output: {} bytes could not be written (closed pipe or full disk)", text.size());
+}
+
+}  // namespace lacuna::cli
