@@ -1,0 +1,1 @@
+"""Trains, evaluates and exports the base model that Lacuna ships (see train/README.md)."""
