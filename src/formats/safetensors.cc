@@ -1,240 +1,143 @@
 #include "formats/safetensors.h"
 
 #include <algorithm>
-#include <array>
-#include <bit>
-#include <cstring>
-#include <new>
-#include <optional>
-#include <utility>
+#include <set>
 
 #include "base/error.h"
 #include "formats/json.h"
 
 namespace lacuna {
-namespace {
 
-static_assert(std::endian::native == std::endian::little, "the format is little-endian and is mapped as it is");
-
-// The official reader's own bound; a header of this size describes about a million tensors.
-constexpr uint64_t kMaxHeader = 100'000'000;
-
-constexpr std::array<std::pair<std::string_view, DType>, 13> kDTypes{{{"F32", DType::kF32},
-                                                                      {"F16", DType::kF16},
-                                                                      {"BF16", DType::kBF16},
-                                                                      {"F64", DType::kF64},
-                                                                      {"I8", DType::kI8},
-                                                                      {"U8", DType::kU8},
-                                                                      {"I16", DType::kI16},
-                                                                      {"U16", DType::kU16},
-                                                                      {"I32", DType::kI32},
-                                                                      {"U32", DType::kU32},
-                                                                      {"I64", DType::kI64},
-                                                                      {"U64", DType::kU64},
-                                                                      {"BOOL", DType::kBool}}};
-// Part of the format, but nothing here computes with them.
-constexpr std::array<std::string_view, 8> kForeignDTypes{"F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E5M2FNUZ",
-                                                         "F8_E4M3FNUZ", "F4", "F6_E2M3", "F6_E3M2"};
-
-struct Range {
-  uint64_t begin, end;
-  const std::string* tensor;
-};
-
-class HeaderReader {
- public:
-  HeaderReader(const std::string& file, uint64_t data_bytes) : file_(file), data_bytes_(data_bytes) {}
-
-  // dtype, shape and byte range of one tensor, each checked against the others.
-  std::pair<SafetensorsFile::Entry, Range> read(const std::string& tensor, const Json& value) const {
-    if (!value.is_object()) wrong(tensor, "entry", value, "an object with dtype, shape and data_offsets");
-    for (const auto& [key, unused] : value.items())
-      if (key != "dtype" && key != "shape" && key != "data_offsets")
-        throw CorruptData("{}: tensor '{}' has the unknown field '{}', expected dtype, shape and data_offsets", file_,
-                          tensor, key);
-    SafetensorsFile::Entry entry;
-    entry.dtype = dtype(tensor, member(tensor, value, "dtype"));
-    uint64_t expected = dtype_size(entry.dtype);
-    const Json& shape = member(tensor, value, "shape");
-    if (!shape.is_array()) wrong(tensor, "shape", shape, "a list of sizes");
-    for (const Json& size : shape) {
-      if (!size.is_number_unsigned()) wrong(tensor, "shape", shape, "a list of sizes ≥ 0");
-      const uint64_t n = size.get<uint64_t>();
-      // Sizes must fit int64 even where another size of 0 makes the product small.
-      if (n > uint64_t{1} << 62 || __builtin_mul_overflow(expected, n, &expected))
-        wrong(tensor, "shape", shape, "a product that fits 64 bits");
-      entry.shape.push_back(static_cast<int64_t>(n));
-    }
-    const Json& offsets = member(tensor, value, "data_offsets");
-    if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
-        !offsets[1].is_number_unsigned())
-      wrong(tensor, "data_offsets", offsets, "two byte offsets [begin, end]");
-    const Range range{offsets[0].get<uint64_t>(), offsets[1].get<uint64_t>(), &tensor};
-    if (range.begin > range.end || range.end > data_bytes_)
-      wrong(tensor, "data_offsets", offsets, fmt::format("begin ≤ end ≤ {}, the bytes of data in the file", data_bytes_));
-    if (range.end - range.begin != expected)
-      throw CorruptData("{}: tensor '{}': data_offsets {} span {} bytes, expected {} for dtype {} and shape {}", file_,
-                        tensor, json_excerpt(offsets), range.end - range.begin, expected,
-                        safetensors_dtype(entry.dtype), json_excerpt(shape));
-    return {std::move(entry), range};
-  }
-
- private:
-  const Json& member(const std::string& tensor, const Json& value, const char* field) const {
-    const auto found = value.find(field);
-    if (found == value.end()) throw CorruptData("{}: tensor '{}' has no field '{}'", file_, tensor, field);
-    return *found;
-  }
-  DType dtype(const std::string& tensor, const Json& value) const {
-    if (!value.is_string()) wrong(tensor, "dtype", value, "a name such as \"F32\"");
-    const auto& text = value.get_ref<const std::string&>();
-    for (const auto& [name, dtype] : kDTypes)
-      if (name == text) return dtype;
-    if (std::find(kForeignDTypes.begin(), kForeignDTypes.end(), text) != kForeignDTypes.end())
-      throw Unsupported("{}: tensor '{}' has dtype {}, which this build cannot read", file_, tensor, text);
-    wrong(tensor, "dtype", value, "F32, F16, BF16, F64, BOOL, or I or U with 8, 16, 32 or 64");
-  }
-  [[noreturn]] void wrong(const std::string& tensor, const char* field, const Json& found,
-                          std::string_view expected) const {
-    throw CorruptData("{}: tensor '{}': {} is {}, expected {}", file_, tensor, field, json_excerpt(found), expected);
-  }
-
-  const std::string& file_;
-  uint64_t data_bytes_;
-};
-
-}  // namespace
-
-std::string_view safetensors_dtype(DType dtype) {
-  for (const auto& [name, known] : kDTypes)
-    if (known == dtype) return name;
-  throw InternalError("dtype {} has no safetensors name", static_cast<int>(dtype));
-}
-
-SafetensorsFile::SafetensorsFile(const std::filesystem::path& path)
-    : name_(path.string()), file_(path), bytes_(file_.bytes()) {
-  parse();
-}
-
-SafetensorsFile::SafetensorsFile(std::span<const std::byte> bytes, std::string name)
-    : name_(std::move(name)), bytes_(bytes) {
-  parse();
-}
-
-void SafetensorsFile::parse() {
-  if (bytes_.size() < 8)
-    throw CorruptData("{}: has {} bytes, expected at least the 8 of a safetensors header length", name_, bytes_.size());
-  uint64_t header_bytes;
-  std::memcpy(&header_bytes, bytes_.data(), 8);
-  if (header_bytes > kMaxHeader)
-    throw CorruptData("{}: header length is {} bytes, expected at most {}", name_, header_bytes, kMaxHeader);
-  if (header_bytes > bytes_.size() - 8)
-    throw CorruptData("{}: header length is {} bytes, expected at most the {} left in the file", name_, header_bytes,
-                      bytes_.size() - 8);
-  const std::string_view text(reinterpret_cast<const char*>(bytes_.data()) + 8, header_bytes);
-  const Json header = parse_json(text, name_ + " (header)");
-  if (!header.is_object())
-    throw CorruptData("{}: header is {}, expected a JSON object", name_, json_excerpt(header));
-
-  const auto data = bytes_.subspan(8 + header_bytes);
-  const HeaderReader reader(name_, data.size());
-  std::vector<Range> ranges;
-  for (const auto& [tensor, value] : header.items()) {
-    if (tensor == "__metadata__") {
-      if (!value.is_object()) throw CorruptData("{}: __metadata__ is not an object of texts", name_);
-      for (const auto& [key, item] : value.items()) {
-        if (!item.is_string()) throw CorruptData("{}: __metadata__ field '{}' is not a text", name_, key);
-        metadata_.emplace(key, item.get<std::string>());
-      }
-      continue;
-    }
-    auto [entry, range] = reader.read(tensor, value);
-    entry.data = data.subspan(range.begin, range.end - range.begin);
-    range.tensor = &entries_.emplace(tensor, std::move(entry)).first->first;
-    ranges.push_back(range);
-  }
-
-  std::sort(ranges.begin(), ranges.end(),
-            [](const Range& a, const Range& b) { return std::pair(a.begin, a.end) < std::pair(b.begin, b.end); });
-  uint64_t at = 0;
-  const std::string* before = nullptr;
-  for (const Range& range : ranges) {
-    if (range.begin < at)
-      throw CorruptData("{}: tensor '{}' begins at byte {} and overlaps tensor '{}', which ends at {}", name_,
-                        *range.tensor, range.begin, *before, at);
-    if (range.begin > at)
-      throw CorruptData("{}: tensor '{}' begins at byte {}, expected {}: no tensor covers the bytes between", name_,
-                        *range.tensor, range.begin, at);
-    at = range.end;
-    before = range.tensor;
-  }
-  if (at != data.size())
-    throw CorruptData("{}: tensors end at byte {} of the data, expected {}, the end of the file", name_, at,
-                      data.size());
-
-  for (auto& [tensor, entry] : entries_) {
-    if (reinterpret_cast<uintptr_t>(entry.data.data()) % dtype_size(entry.dtype) == 0) continue;
-    try {
-      copies_.push_back(std::make_unique_for_overwrite<std::byte[]>(entry.data.size()));
-    } catch (const std::bad_alloc&) {
-      throw OutOfMemory("{}: no memory to copy the misaligned tensor '{}' of {} bytes", name_, tensor,
-                        entry.data.size());
-    }
-    std::copy(entry.data.begin(), entry.data.end(), copies_.back().get());
-    entry.data = {copies_.back().get(), entry.data.size()};
-    copied_bytes_ += entry.data.size();
-  }
-}
-
-Tensor SafetensorsFile::get(std::string_view tensor) const {
-  const auto found = entries_.find(tensor);
-  if (found == entries_.end()) throw CorruptData("{}: has no tensor '{}'", name_, tensor);
-  const Entry& entry = found->second;
-  if (entry.shape.size() > static_cast<size_t>(Tensor::kMaxRank))
-    throw Unsupported("{}: tensor '{}' has {} dimensions, expected at most {}", name_, tensor, entry.shape.size(),
-                      Tensor::kMaxRank);
-  Tensor view;
-  view.data = entry.data.data();
-  view.dtype = entry.dtype;
-  view.rank = static_cast<int>(entry.shape.size());
-  std::copy(entry.shape.begin(), entry.shape.end(), view.shape.begin());
-  return view;
-}
+namespace fs = std::filesystem;
 
 namespace {
 
-// Index of the first element whose exponent bits are all ones (NaN or infinity).
-template <typename Bits>
-std::optional<int64_t> first_not_finite(const void* data, int64_t n, Bits exponent) {
-  const Bits* bits = static_cast<const Bits*>(data);
-  // The inner loop has no early exit, so that it compiles to SIMD compares; 4096 elements stay in L1.
-  for (int64_t begin = 0; begin < n; begin += 4096) {
-    const int64_t end = std::min<int64_t>(n, begin + 4096);
-    Bits bad = 0;
-    for (int64_t i = begin; i < end; ++i) bad |= static_cast<Bits>((bits[i] & exponent) == exponent);
-    if (!bad) continue;
-    for (int64_t i = begin; i < end; ++i)
-      if ((bits[i] & exponent) == exponent) return i;
-  }
-  return std::nullopt;
+constexpr size_t kMaxIndex = 100'000'000;  // bytes; as for a safetensors header
+
+bool ends_with(const std::string& text, std::string_view end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+// File names in the folder that end so, sorted.
+std::vector<std::string> files_ending(const fs::path& directory, std::string_view end) {
+  std::vector<std::string> names;
+  std::error_code error;
+  for (fs::directory_iterator at(directory, error), stop; !error && at != stop; at.increment(error))
+    if (std::string name = at->path().filename().string(); ends_with(name, end)) names.push_back(std::move(name));
+  if (error) throw IoError("{}: cannot list the folder: {}", directory.string(), error.message());
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+std::string listed(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
 }
 
 }  // namespace
 
-void check_finite(const Tensor& tensor, std::string_view name, std::string_view file) {
-  std::optional<int64_t> bad;
-  const int64_t n = tensor.elements();
-  switch (tensor.dtype) {
-    case DType::kF64: bad = first_not_finite<uint64_t>(tensor.data, n, 0x7ff0000000000000u); break;
-    case DType::kF32: bad = first_not_finite<uint32_t>(tensor.data, n, 0x7f800000u); break;
-    case DType::kBF16: bad = first_not_finite<uint16_t>(tensor.data, n, 0x7f80u); break;
-    case DType::kF16: bad = first_not_finite<uint16_t>(tensor.data, n, 0x7c00u); break;
-    default: return;
+void ModelFiles::add(const fs::path& path) {
+  files_.emplace_back(path);
+  for (const auto& [tensor, unused] : files_.back().entries()) {
+    const auto [at, added] = where_.emplace(tensor, files_.size() - 1);
+    if (!added)
+      throw CorruptData("{}: tensor '{}' stands in two files, {} and {}", directory_, tensor,
+                        files_[at->second].name(), files_.back().name());
   }
-  if (bad)
-    throw CorruptData("{}: tensor '{}' of shape {} holds a value that is not finite at flat index {}, expected finite "
-                      "numbers",
-                      file, name, tensor.shape_string(), *bad);
+}
+
+ModelFiles ModelFiles::open(const fs::path& directory) {
+  ModelFiles model;
+  model.directory_ = directory.string();
+  std::error_code ignored;
+  if (!fs::exists(directory, ignored)) throw IoError("{}: no such file or folder", directory.string());
+  if (!fs::is_directory(directory, ignored)) {
+    model.add(directory);
+    return model;
+  }
+  if (fs::exists(directory / "model.safetensors", ignored)) {
+    model.add(directory / "model.safetensors");
+    return model;
+  }
+  const auto indices = files_ending(directory, ".safetensors.index.json");
+  if (indices.size() > 1)
+    throw BadInput("{}: has {} safetensors indices ({}), expected one", directory.string(), indices.size(),
+                   listed(indices));
+  if (indices.empty()) {
+    const auto singles = files_ending(directory, ".safetensors");
+    if (singles.size() == 1) {
+      model.add(directory / singles[0]);
+      return model;
+    }
+    if (singles.size() > 1)
+      throw BadInput("{}: has {} safetensors files ({}) and no index, expected model.safetensors or an index",
+                     directory.string(), singles.size(), listed(singles));
+    if (!files_ending(directory, ".bin").empty())
+      throw Unsupported("{}: has weights only as .bin (pickle) files, expected safetensors", directory.string());
+    throw BadInput("{}: has no weights, expected model.safetensors or a sharded model with its index",
+                   directory.string());
+  }
+
+  const fs::path index_path = directory / indices[0];
+  const std::string where = index_path.string();
+  const Json index = parse_json(read_text_file(index_path, kMaxIndex), where);
+  const auto map = index.is_object() ? index.find("weight_map") : index.end();
+  if (!index.is_object() || map == index.end() || !map->is_object())
+    throw CorruptData("{}: has no object 'weight_map' of tensor names and shard files", where);
+  std::set<std::string> shards;
+  for (const auto& [tensor, value] : map->items()) {
+    if (!value.is_string())
+      throw CorruptData("{}: weight_map['{}'] is {}, expected a file name", where, tensor, json_excerpt(value));
+    const auto& shard = value.get_ref<const std::string&>();
+    // A name with a folder in it could make a downloaded index read any file of the machine.
+    if (shard.empty() || shard.find('/') != std::string::npos || shard.find('\0') != std::string::npos)
+      throw CorruptData("{}: weight_map['{}'] is {}, expected a plain file name", where, tensor, json_excerpt(value));
+    shards.insert(shard);
+  }
+  for (const auto& shard : shards) {
+    if (!fs::exists(directory / shard, ignored))
+      throw CorruptData("{}: names the shard '{}', which is not in {}", where, shard, directory.string());
+    model.add(directory / shard);
+  }
+  for (const auto& [tensor, value] : map->items()) {
+    const auto found = model.where_.find(tensor);
+    const auto& shard = value.get_ref<const std::string&>();
+    if (found == model.where_.end() || fs::path(model.files_[found->second].name()).filename() != shard)
+      throw CorruptData("{}: says tensor '{}' is in '{}', which has no such tensor", where, tensor, shard);
+  }
+  return model;
+}
+
+const SafetensorsFile& ModelFiles::file(std::string_view tensor) const {
+  const auto found = where_.find(tensor);
+  if (found == where_.end())
+    throw CorruptData("{}: has no tensor '{}', which the model's config.json calls for", directory_, tensor);
+  return files_[found->second];
+}
+
+Tensor ModelFiles::get(std::string_view tensor) const { return file(tensor).get(tensor); }
+
+Tensor ModelFiles::get(std::string_view tensor, std::initializer_list<int64_t> shape) const {
+  const Tensor found = get(tensor);
+  if (!std::equal(shape.begin(), shape.end(), found.shape.begin(), found.shape.begin() + found.rank)) {
+    const Tensor expected(nullptr, found.dtype, shape);
+    throw CorruptData("{}: tensor '{}' has shape {}, expected {} from config.json", file_of(tensor).string(), tensor,
+                      found.shape_string(), expected.shape_string());
+  }
+  return found;
+}
+
+std::vector<std::string> ModelFiles::names() const {
+  std::vector<std::string> names;
+  for (const auto& [name, unused] : where_) names.push_back(name);
+  return names;
+}
+
+size_t ModelFiles::file_bytes() const {
+  size_t bytes = 0;
+  for (const auto& file : files_) bytes += file.bytes();
+  return bytes;
 }
 
 }  // namespace lacuna

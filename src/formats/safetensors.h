@@ -1,72 +1,44 @@
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
 #include <filesystem>
+#include <initializer_list>
 #include <map>
-#include <memory>
-#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
-#include "base/mapped_file.h"
-#include "tensor/tensor.h"
+#include "formats/safetensors_file.h"
 
 namespace lacuna {
 
-// One .safetensors file: 8 bytes header length (little-endian u64), a JSON header
-// {"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {text: text}}, data.
-// Format: huggingface/safetensors, README "Format" and lib.rs `Metadata::validate`.
-//
-// Everything is checked when the file is opened; a file that passes can be read without further
-// checks. Beyond the JSON itself (no duplicate keys): header of at most 100 MB inside the file,
-// known dtypes, shape × dtype = byte range, ranges inside the data, no overlaps, no holes.
-// Violations are CorruptData that names file, tensor, field, found and expected; 8-bit and smaller
-// float dtypes are Unsupported.
-//
-// The format allows tensors that do not start at a multiple of their element size (files from old
-// writers). Those are copied to aligned memory when the file is opened; all others are views of
-// the mapped file.
-class SafetensorsFile {
+// All weights of a model directory in the Hugging Face layout. What is read, in this order:
+// `model.safetensors`; the shards named by the folder's one `*.safetensors.index.json`; the folder's
+// one `*.safetensors` file. A path to a .safetensors file stands for that file alone.
+// Everything is validated when opened (safetensors_file.h): an index that names a shard or tensor that
+// is not there, and a tensor that stands in two shards, are CorruptData.
+class ModelFiles {
  public:
-  struct Entry {
-    DType dtype;
-    std::vector<int64_t> shape;
-    std::span<const std::byte> data;  // aligned to the element size
-  };
+  static ModelFiles open(const std::filesystem::path& directory);
 
-  explicit SafetensorsFile(const std::filesystem::path& path);
-  // The same over bytes in memory, which must outlive the result; `name` takes the path's place.
-  SafetensorsFile(std::span<const std::byte> bytes, std::string name);
-  SafetensorsFile(SafetensorsFile&&) = default;
-  SafetensorsFile& operator=(SafetensorsFile&&) = default;
-
-  const std::string& name() const { return name_; }
-  const std::map<std::string, Entry, std::less<>>& entries() const { return entries_; }
-  const std::map<std::string, std::string>& metadata() const { return metadata_; }
-  // A view that stays valid as long as this object. CorruptData when the file has no such tensor;
-  // Unsupported when it has more than Tensor::kMaxRank dimensions.
+  bool has(std::string_view tensor) const { return where_.find(tensor) != where_.end(); }
+  // Views stay valid as long as this object. A missing tensor is CorruptData.
   Tensor get(std::string_view tensor) const;
-  // Memory these weights take once touched: the file itself plus the copies of misaligned tensors.
-  size_t bytes() const { return bytes_.size() + copied_bytes_; }
+  // As above and of this shape, which the caller derived from config.json; else CorruptData.
+  Tensor get(std::string_view tensor, std::initializer_list<int64_t> shape) const;
+
+  std::vector<std::string> names() const;
+  std::filesystem::path file_of(std::string_view tensor) const { return file(tensor).name(); }
+  // Bytes mapped or copied, for MemoryAccount::count_external(MemoryTag::kWeights, …).
+  size_t file_bytes() const;
+  const std::vector<SafetensorsFile>& files() const { return files_; }
 
  private:
-  void parse();
+  const SafetensorsFile& file(std::string_view tensor) const;
+  void add(const std::filesystem::path& path);
 
-  std::string name_;
-  MappedFile file_;
-  std::span<const std::byte> bytes_;
-  std::map<std::string, Entry, std::less<>> entries_;
-  std::map<std::string, std::string> metadata_;
-  std::vector<std::unique_ptr<std::byte[]>> copies_;
-  size_t copied_bytes_ = 0;
+  std::string directory_;
+  std::vector<SafetensorsFile> files_;
+  std::map<std::string, size_t, std::less<>> where_;  // tensor -> index into files_
 };
-
-// Throws CorruptData naming file, tensor and index of the first NaN or infinity. Integer tensors
-// always pass. One pass over the data at memory speed.
-void check_finite(const Tensor& tensor, std::string_view name, std::string_view file);
-
-// "F32", "BF16", … as the format spells them.
-std::string_view safetensors_dtype(DType dtype);
 
 }  // namespace lacuna
