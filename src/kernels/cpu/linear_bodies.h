@@ -1,0 +1,81 @@
+// What cpu/linear.cc asks of each ISA's matrix-product bodies. Bodies work on one fixed piece of the
+// problem; how the problem is cut never depends on the threads or on the ISA's bodies.
+#pragma once
+
+#include <cstdint>
+
+#include "tensor/dtype.h"
+
+namespace lacuna::cpu {
+
+// How the operands of one product are held. A "word" is 32 bits: one f32 value or a pair of bf16
+// values with neighbouring k; the bodies count the inner dimension in words.
+enum class Operand : uint8_t {
+  kF32,         // x as it is, weights widened to f32
+  kF32Rounded,  // x rounded to bf16 and widened again, weights widened to f32
+  kBf16Pair,    // x rounded to bf16, weights exact in bf16 (bf16 or int8 codes); pair dot products
+};
+inline int64_t words(Operand operand, int64_t k) { return operand == Operand::kBf16Pair ? (k + 1) / 2 : k; }
+
+// Rows of x that one small-M call takes: with one weight row in flight and one accumulator a product,
+// eight products are what two FMA units with a latency of four cycles need to stay busy.
+inline constexpr int kMaxSmallRows = 8;
+// Weight rows in one packed panel, and words of each row that lie together in it (a cache line).
+inline constexpr int kPanelRows = 8;
+inline constexpr int kPanelWords = 16;
+// Words of k that a large-M body works through before it moves on: 64 weight rows of them are 128 KB
+// and 48 rows of x are 96 KB, which leaves most of a 1 MB L2 to the hardware's prefetching.
+inline constexpr int64_t kBlockWords = 512;
+// A large-M task's share of y: up to 256 rows by up to 64 columns. Its sums are 64 KB.
+inline constexpr int64_t kTaskRows = 256;
+inline constexpr int64_t kMaxTaskColumns = 64;
+// The widest group (below) of any body.
+inline constexpr int kMaxLanes = 16;
+
+// A piece of y: all columns [first, first + count) of the weight rows for rows [0, m) of x.
+struct LinearPiece {
+  DType dtype = DType::kF32;         // of the weights
+  Operand operand = Operand::kF32;
+  const void* weight = nullptr;      // the first weight row of the piece; rows are k elements apart
+  const float* row_scale = nullptr;  // the first of the piece, or null
+  const float* bias = nullptr;       // the first of the piece, or null
+  int64_t count = 0, k = 0;
+  int64_t m = 0;
+  const void* x = nullptr;           // packed: see below
+  float* y = nullptr;                // the piece's first element; rows are y_stride apart
+  int64_t y_stride = 0;
+  bool accumulate = false;
+};
+
+struct LinearBodies {
+  // Floats in a vector, and so rows of x in a group of the large-M layout.
+  int lanes = 0;
+  bool bf16_pairs = false;  // has bodies for Operand::kBf16Pair
+
+  // Small-M layout: row after row, each padded with zeros to small_words(words) words.
+  int64_t (*small_words)(int64_t words);
+  void (*pack_small)(Operand operand, const float* x, int64_t k, void* packed);
+  // m <= kMaxSmallRows. Reads every weight once. Every product is one vector accumulator over k in order,
+  // so a row's bits depend neither on m nor on the other rows.
+  void (*small)(const LinearPiece& piece);
+
+  // Large-M layout: groups of `lanes` rows; a group is [words, lanes] words. Packs words [begin, end)
+  // of one group from `rows` rows of x (the missing ones are zero); begin is a multiple of kBlockWords.
+  void (*pack_group)(Operand operand, const float* x, int64_t x_stride, int64_t rows, int64_t k, int64_t begin,
+                     int64_t end, void* group);
+  // m <= kTaskRows, count <= kMaxTaskColumns. workspace: large_workspace() floats, 64-byte aligned.
+  // Every product is one sum over k in order, whatever tile it falls into.
+  void (*large)(const LinearPiece& piece, float* workspace);
+};
+
+// Weights of one task and block of k, and the task's sums.
+inline constexpr int64_t large_workspace() { return kMaxTaskColumns * kBlockWords + kTaskRows * kMaxTaskColumns; }
+
+const LinearBodies& linear_portable();
+#if defined(__x86_64__)
+const LinearBodies& linear_avx2();
+const LinearBodies& linear_avx512();
+const LinearBodies& linear_avx512_bf16();
+#endif
+
+}  // namespace lacuna::cpu
