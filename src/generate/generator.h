@@ -45,6 +45,7 @@ struct GenerateStats {
   double decode_seconds = 0;
   int64_t decode_steps = 0;    // batched steps
   int64_t decode_tokens = 0;   // tokens produced in those steps
+  OpTotals decode_ops;         // operators of the decode steps; empty when the context has a ledger of its own
   size_t kv_peak_bytes = 0;    // all sequences, prefill and decode
   size_t kv_now_bytes = 0;
 };

@@ -1,0 +1,274 @@
+// lacuna run: generate text, with the cache as small as asked, and say what it cost.
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <sstream>
+
+#include "cli.h"
+#include "generate/autoregressive.h"
+
+namespace lacuna::cli {
+namespace {
+
+struct RunOptions {
+  EngineOptions engine;
+  std::vector<std::string> prompts, files;
+  std::string context_file;
+  bool ask_later = false;
+  std::string evict, budget = "5%", evict_at = "prefill";
+  std::vector<std::string> compare;
+  std::string kept_file, picture_file;
+  SamplingParams sampling;
+  bool sampling_given = false;
+  bool json = false, quiet = false;
+};
+
+std::string read_text(const std::string& path) {
+  std::ostringstream out;
+  if (path == "-") {
+    out << std::cin.rdbuf();
+  } else {
+    std::ifstream in(path, std::ios::binary);
+    if (!in) throw IoError("{}: cannot be opened for reading", path);
+    out << in.rdbuf();
+    if (in.bad()) throw IoError("{}: reading failed", path);
+  }
+  return out.str();
+}
+
+// One way to run the prompts: a policy and budget, or the whole cache.
+struct Variant {
+  std::string policy, budget;  // policy "full": nothing is evicted
+  bool full() const { return policy == "full"; }
+  std::string name() const { return full() ? "full cache" : policy + " " + budget; }
+};
+
+Variant parse_variant(const std::string& text, const std::string& default_budget) {
+  const size_t at = text.rfind('@');
+  return at == std::string::npos ? Variant{text, default_budget} : Variant{text.substr(0, at), text.substr(at + 1)};
+}
+
+struct Outcome {
+  Variant variant;
+  std::vector<GenerateResult> results;
+  GenerateStats stats;
+};
+
+nlohmann::json outcome_json(const Outcome& o, const MachineLimits& limits, const Engine& engine) {
+  nlohmann::json out;
+  out["policy"] = o.variant.policy;
+  if (!o.variant.full()) out["budget"] = o.variant.budget;
+  for (const auto& r : o.results) {
+    nlohmann::json item = {{"text", r.text},
+                           {"ids", r.ids},
+                           {"finish", finish_reason_name(r.finish)},
+                           {"prompt_tokens", r.prompt_tokens},
+                           {"prefill_seconds", r.prefill_seconds},
+                           {"kv_bytes", r.kv_bytes},
+                           {"kv_slots", r.kv_slots}};
+    if (r.eviction) {
+      item["entries_before"] = r.eviction->entries_before;
+      item["entries_kept"] = r.eviction->entries_kept;
+      item["score_seconds"] = r.eviction->score_seconds;
+      item["select_seconds"] = r.eviction->select_seconds;
+      item["slack_bytes"] = r.eviction->slack_bytes;
+    }
+    out["results"].push_back(item);
+  }
+  const OpTotals::Sum ops = o.stats.decode_ops.total();
+  out["decode"] = {{"tokens", o.stats.decode_tokens},
+                   {"steps", o.stats.decode_steps},
+                   {"seconds", o.stats.decode_seconds},
+                   {"bytes", ops.bytes()},
+                   {"machine_read_bytes_per_second", limits.read_bytes_per_s}};
+  out["kv_peak_bytes"] = o.stats.kv_peak_bytes;
+  out["memory"] = memory_json(engine.memory);
+  out["peak_rss_bytes"] = peak_rss();
+  return out;
+}
+
+// "(7.1 GB/s, 31 % of the 22.9 GB/s this machine reads)"
+std::string rate_note(double bytes, double seconds, double limit) {
+  if (seconds <= 0 || bytes <= 0) return "";
+  const double rate = bytes / seconds;
+  if (limit <= 0) return fmt::format(" ({:.1f} GB/s)", rate / 1e9);
+  return fmt::format(" ({:.1f} GB/s, {:.0f} % of the {:.1f} GB/s this machine reads)", rate / 1e9, 100 * rate / limit, limit / 1e9);
+}
+
+void print_summary(const Outcome& o, const MachineLimits& limits) {
+  int64_t prompt_tokens = 0;
+  double prefill_seconds = 0;
+  size_t kv_now = 0;
+  for (const auto& r : o.results) {
+    prompt_tokens += r.prompt_tokens;
+    prefill_seconds += r.prefill_seconds;
+    kv_now += r.kv_bytes;
+    if (!r.eviction) continue;
+    const EvictionReport& e = *r.eviction;
+    fmt::print(stderr, "kept {} of {} cache entries ({:.1f} %) by {}, {}; scoring and selection took {:.0f} ms\n", e.entries_kept,
+               e.entries_before, e.entries_before ? 100.0 * static_cast<double>(e.entries_kept) / static_cast<double>(e.entries_before) : 100.0,
+               e.policy, e.budget, 1e3 * (e.score_seconds + e.select_seconds));
+  }
+  fmt::print(stderr, "prompt {} tokens in {:.2f} s: {:.0f} tokens/s\n", prompt_tokens, prefill_seconds,
+             prefill_seconds > 0 ? static_cast<double>(prompt_tokens) / prefill_seconds : 0);
+  if (o.stats.decode_tokens > 0)
+    fmt::print(stderr, "decode {} tokens in {:.2f} s: {:.0f} tokens/s{}\n", o.stats.decode_tokens, o.stats.decode_seconds,
+               static_cast<double>(o.stats.decode_tokens) / o.stats.decode_seconds,
+               rate_note(static_cast<double>(o.stats.decode_ops.total().bytes()), o.stats.decode_seconds, limits.read_bytes_per_s));
+  fmt::print(stderr, "KV cache {} now, {} at its peak\n", human_bytes(static_cast<double>(kv_now)),
+             human_bytes(static_cast<double>(o.stats.kv_peak_bytes)));
+}
+
+std::string one_line(std::string text) {
+  for (char& c : text)
+    if (c == '\n' || c == '\r' || c == '\t') c = ' ';
+  return text;
+}
+
+void print_comparison(const std::vector<Outcome>& outcomes) {
+  std::string out;
+  for (size_t i = 0; i < outcomes[0].results.size(); ++i) {
+    out += fmt::format("\nprompt {}\n", i + 1);
+    for (const auto& o : outcomes) out += fmt::format("  {:<28} {}\n", o.variant.name(), one_line(o.results[i].text));
+  }
+  out += fmt::format("\n{:<28} {:>12} {:>12} {:>14} {:>14}\n", "", "KV now", "KV peak", "prefill tok/s", "decode tok/s");
+  for (const auto& o : outcomes) {
+    double tokens = 0, seconds = 0, now = 0;
+    for (const auto& r : o.results) {
+      tokens += static_cast<double>(r.prompt_tokens);
+      seconds += r.prefill_seconds;
+      now += static_cast<double>(r.kv_bytes);
+    }
+    out += fmt::format("{:<28} {:>12} {:>12} {:>14.0f} {:>14.0f}\n", o.variant.name(), human_bytes(now),
+                       human_bytes(static_cast<double>(o.stats.kv_peak_bytes)), tokens / seconds,
+                       o.stats.decode_seconds > 0 ? static_cast<double>(o.stats.decode_tokens) / o.stats.decode_seconds : 0.0);
+  }
+  print_out(out);
+}
+
+int run_command(const RunOptions& o) {
+  std::vector<std::string> texts = o.prompts;
+  for (const auto& f : o.files) texts.push_back(read_text(f));
+  if (texts.empty()) throw BadInput("no prompt: give -p TEXT or -f FILE (\"-\" reads standard input)");
+  if (o.ask_later && o.context_file.empty()) throw BadInput("--ask-later needs --context: the text to compress before the prompt is read");
+  const std::string context = o.context_file.empty() ? "" : read_text(o.context_file);
+  if (!o.evict.empty() && o.evict != "full") {  // wrong names and budgets are refused before anything is loaded
+    make_policy(o.evict);
+    parse_budget(o.budget);
+  }
+  std::vector<Variant> variants{o.evict.empty() ? Variant{"full", ""} : parse_variant(o.evict, o.budget)};
+  for (const auto& c : o.compare) variants.push_back(parse_variant(c, o.budget));
+  for (const auto& v : variants)
+    if (!v.full()) make_policy(v.policy), parse_budget(v.budget);
+
+  Engine engine(o.engine);
+  const auto tokenizer = open_tokenizer(o.engine);
+  const GenerationConfig config = load_generation_config(o.engine.model_dir);
+  const std::vector<int32_t> context_ids = context.empty() ? std::vector<int32_t>{} : tokenizer->encode(context, true);
+  std::vector<GenerateRequest> requests;
+  for (const auto& text : texts) {
+    GenerateRequest r;
+    r.sampling = o.sampling;
+    // Tokenised whole, so that no seam shows; only --ask-later must cut.
+    r.prompt = o.ask_later ? context_ids : tokenizer->encode(context + text, true);
+    requests.push_back(std::move(r));
+  }
+  const MachineLimits limits = o.quiet ? MachineLimits{} : measure_machine(engine.ctx, 0.3);
+
+  AutoregressiveGenerator generator(engine.ctx, *engine.model, *tokenizer, config.eos_ids, engine.kv, engine.prefill);
+  const bool stream = !o.json && variants.size() == 1 && requests.size() == 1;
+  std::vector<Outcome> outcomes;
+  for (const auto& variant : variants) {
+    for (size_t i = 0; i < requests.size(); ++i) {
+      requests[i].eviction.reset();
+      if (!variant.full()) requests[i].eviction = EvictionRequest{variant.policy, variant.budget, o.evict_at == "decode", {}};
+      if (o.ask_later) {
+        const std::vector<int32_t> question = tokenizer->encode(texts[i], false);
+        if (variant.full()) {
+          requests[i].prompt = context_ids;
+          requests[i].prompt.insert(requests[i].prompt.end(), question.begin(), question.end());
+        } else {
+          requests[i].prompt = context_ids;
+          requests[i].eviction->question = question;
+        }
+      }
+    }
+    Progress progress("reading " + variant.name(), "tokens", engine.model->info().layers, !o.quiet);
+    GenerateCallbacks callbacks;
+    callbacks.cancelled = interrupted;
+    callbacks.on_prefill = [&](size_t, int64_t done, int64_t total) {
+      progress.update(done, total, human_bytes(static_cast<double>(engine.memory.now(MemoryTag::kKv))) + " KV");
+      if (done == total) progress.finish();
+    };
+    if (stream) callbacks.on_text = [](size_t, std::string_view text) { print_out(text); };
+    Outcome outcome{variant, generator.generate(requests, callbacks), {}};
+    outcome.stats = generator.stats();
+    outcomes.push_back(std::move(outcome));
+  }
+
+  for (const auto& r : outcomes[0].results) {
+    if (!r.eviction) continue;
+    if (!o.kept_file.empty()) write_kept_json(*r.eviction, o.kept_file);
+    if (!o.picture_file.empty()) write_kept_svg(*r.eviction, o.picture_file);
+    break;
+  }
+  if (o.json) {
+    nlohmann::json out = {{"model", engine.model->info().architecture}, {"load_seconds", engine.load_seconds}};
+    for (const auto& outcome : outcomes) out["runs"].push_back(outcome_json(outcome, limits, engine));
+    print_out(out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+    return 0;
+  }
+  if (outcomes.size() > 1) {
+    print_comparison(outcomes);
+    return 0;
+  }
+  if (stream)
+    print_out("\n");
+  else
+    for (size_t i = 0; i < outcomes[0].results.size(); ++i)
+      print_out(fmt::format("[{}] {}\n", i + 1, outcomes[0].results[i].text));
+  if (!o.quiet) {
+    print_summary(outcomes[0], limits);
+    fmt::print(stderr, "process peak {} resident, {} of it mapped weights\n", human_bytes(static_cast<double>(peak_rss())),
+               human_bytes(static_cast<double>(engine.memory.now(MemoryTag::kWeights))));
+  }
+  return 0;
+}
+
+}  // namespace
+
+Command add_run(CLI::App& parent) {
+  auto o = std::make_shared<RunOptions>();
+  CLI::App* app = parent.add_subcommand("run", "Generate text, with the KV cache as small as asked");
+  add_engine_options(*app, o->engine);
+  app->add_option("-p,--prompt", o->prompts, "A prompt; may be repeated (the prompts run as one batch)")->allow_extra_args(false);
+  app->add_option("-f,--file", o->files, "A file that holds a prompt; \"-\" is standard input; may be repeated")->allow_extra_args(false);
+  app->add_option("--context", o->context_file, "Text put before every prompt");
+  app->add_flag("--ask-later", o->ask_later, "Compress the context before the prompt is known, then read the prompt");
+  app->add_option("--evict", o->evict, "Eviction policy, with switches: laprox, snapkv, laprox:gqa=exact, … (docs/policies.md)");
+  app->add_option("--kv-budget", o->budget, "What may stay: 5%, 256 (entries a KV head), 64MiB, mass:0.99")->capture_default_str();
+  app->add_option("--evict-at", o->evict_at, "prefill: once; decode: again whenever generation outgrows the budget")
+      ->check(CLI::IsMember({"prefill", "decode"}));
+  app->add_option("--compare", o->compare, "Also run POLICY or POLICY@BUDGET (\"full\" = whole cache) and print all side by side")
+      ->allow_extra_args(false);
+  app->add_option("--kept", o->kept_file, "Write the kept positions of the first prompt as JSON");
+  app->add_option("--draw-kept", o->picture_file, "Draw them as SVG");
+  app->add_option("-n,--max-tokens", o->sampling.max_new_tokens, "New tokens at most")->capture_default_str();
+  app->add_option("--temperature", o->sampling.temperature, "0 = greedy")->capture_default_str();
+  app->add_option("--top-k", o->sampling.top_k, "0 = all");
+  app->add_option("--top-p", o->sampling.top_p)->capture_default_str();
+  app->add_option("--min-p", o->sampling.min_p);
+  app->add_option("--repetition-penalty", o->sampling.repetition_penalty)->capture_default_str();
+  app->add_option("--seed", o->sampling.seed);
+  app->add_option("--stop", o->sampling.stop, "A text that ends the output; may be repeated (\\n is a newline)")->allow_extra_args(false);
+  app->add_flag("--ignore-eos", o->sampling.ignore_eos, "Go on after end-of-text");
+  app->add_flag("--json", o->json, "Machine-readable output");
+  app->add_flag("-q,--quiet", o->quiet, "Only the text");
+  return {app, [o] {
+            for (auto& s : o->sampling.stop)
+              for (size_t at; (at = s.find("\\n")) != std::string::npos;) s.replace(at, 2, "\n");
+            return run_command(*o);
+          }};
+}
+
+}  // namespace lacuna::cli
