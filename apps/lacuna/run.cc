@@ -19,7 +19,6 @@ struct RunOptions {
   std::vector<std::string> compare;
   std::string kept_file, picture_file;
   SamplingParams sampling;
-  bool sampling_given = false;
   bool json = false, quiet = false;
 };
 
@@ -152,12 +151,9 @@ int run_command(const RunOptions& o) {
   if (texts.empty()) throw BadInput("no prompt: give -p TEXT or -f FILE (\"-\" reads standard input)");
   if (o.ask_later && o.context_file.empty()) throw BadInput("--ask-later needs --context: the text to compress before the prompt is read");
   const std::string context = o.context_file.empty() ? "" : read_text(o.context_file);
-  if (!o.evict.empty() && o.evict != "full") {  // wrong names and budgets are refused before anything is loaded
-    make_policy(o.evict);
-    parse_budget(o.budget);
-  }
   std::vector<Variant> variants{o.evict.empty() ? Variant{"full", ""} : parse_variant(o.evict, o.budget)};
   for (const auto& c : o.compare) variants.push_back(parse_variant(c, o.budget));
+  validate(o.sampling);  // wrong values, names and budgets are refused before anything is loaded
   for (const auto& v : variants)
     if (!v.full()) make_policy(v.policy), parse_budget(v.budget);
 
