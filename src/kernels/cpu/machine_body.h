@@ -17,14 +17,19 @@ float read_all(const void* data, size_t bytes) {
 }
 
 // Step::step(sum, a, b) is the instruction under test. S::kSums sums are enough for two units of latency
-// six to stay busy, or what the registers hold. Factors below one keep the sums finite.
+// six to stay busy, or what the registers hold. Factors below one keep the sums finite; starting
+// values that the compiler cannot know to be equal keep it from computing one sum for all.
 template <class S, class Step>
 float peak(int64_t rounds) {
   const float half = 0.5f;
   const typename S::V a = S::broadcast(&half), b = S::broadcast(&half);
+  volatile float unknown = 0;
   typename S::V sum[S::kSums];
 #pragma GCC unroll 32
-  for (int i = 0; i < S::kSums; ++i) sum[i] = S::zero();
+  for (int i = 0; i < S::kSums; ++i) {
+    const float start = unknown;
+    sum[i] = S::broadcast(&start);
+  }
   for (int64_t r = 0; r < rounds; ++r) {
 #pragma GCC unroll 32
     for (int i = 0; i < S::kSums; ++i) sum[i] = Step::step(sum[i], a, b);
