@@ -9,8 +9,6 @@
 namespace lacuna {
 namespace {
 
-constexpr size_t kMaxConfig = 16 << 20;  // bytes; real ones stay below 100 KB
-
 const Json* find(const Json& object, std::string_view field) {
   const auto found = object.find(field);
   return found == object.end() || found->is_null() ? nullptr : &*found;
@@ -18,8 +16,8 @@ const Json* find(const Json& object, std::string_view field) {
 
 }  // namespace
 
-ConfigFile ConfigFile::load(const std::filesystem::path& path) {
-  return parse(read_text_file(path, kMaxConfig), path.string());
+ConfigFile ConfigFile::load(const std::filesystem::path& path, size_t limit) {
+  return parse(read_text_file(path, limit), path.string());
 }
 
 ConfigFile ConfigFile::parse(std::string_view text, std::string name, ErrorKind kind) {
@@ -158,21 +156,40 @@ std::vector<std::string> ConfigFile::texts(std::string_view field) const {
   return list;
 }
 
+ConfigFile ConfigFile::inside(const Json& value, std::string_view field) const {
+  ConfigFile inner;
+  inner.file_ = file_;
+  inner.object_ = std::shared_ptr<const Json>(object_, &value);  // shares the owner, points inside
+  inner.prefix_ = fmt::format("{}{}.", prefix_, field);
+  inner.kind_ = kind_;
+  return inner;
+}
+
 std::optional<ConfigFile> ConfigFile::object(std::string_view field) const {
   const Json* value = find(*object_, field);
   if (!value) return std::nullopt;
   if (!value->is_object()) wrong(field, "an object");
-  ConfigFile inner;
-  inner.file_ = file_;
-  inner.object_ = std::shared_ptr<const Json>(object_, value);  // shares the owner, points inside
-  inner.prefix_ = fmt::format("{}{}.", prefix_, field);
-  inner.kind_ = kind_;
-  return inner;
+  return inside(*value, field);
+}
+
+std::vector<ConfigFile> ConfigFile::objects(std::string_view field) const {
+  const Json* value = find(*object_, field);
+  std::vector<ConfigFile> list;
+  if (!value) return list;
+  if (!value->is_array()) wrong(field, "a list of objects");
+  for (const Json& item : *value) {
+    const std::string name = fmt::format("{}[{}]", field, list.size());
+    if (!item.is_object()) wrong(field, "a list of objects");
+    list.push_back(inside(item, name));
+  }
+  return list;
 }
 
 bool ConfigFile::is_object(std::string_view field) const {
   const Json* value = find(*object_, field);
   return value && value->is_object();
 }
+
+const Json* ConfigFile::raw(std::string_view field) const { return find(*object_, field); }
 
 }  // namespace lacuna

@@ -22,8 +22,9 @@ namespace lacuna {
 // the field is absent; those without demand the field.
 class ConfigFile {
  public:
-  // IoError when it cannot be read, CorruptData when it is not a JSON object.
-  static ConfigFile load(const std::filesystem::path& path);
+  // IoError when it cannot be read, CorruptData when it is not a JSON object. The limit on the
+  // file's bytes is for configurations, real ones stay below 100 KB; tokenizers need more.
+  static ConfigFile load(const std::filesystem::path& path, size_t limit = 16 << 20);
   // `name` takes the path's place in messages; `kind` is what faults are reported as: kCorruptData
   // for files, kBadInput for a request of the user's.
   static ConfigFile parse(std::string_view text, std::string name, ErrorKind kind = ErrorKind::kCorruptData);
@@ -51,6 +52,10 @@ class ConfigFile {
   // An object inside; nothing when absent.
   std::optional<ConfigFile> object(std::string_view field) const;
   bool is_object(std::string_view field) const;
+  // A list of objects; empty when absent.
+  std::vector<ConfigFile> objects(std::string_view field) const;
+  // The value itself, for large tables; valid as long as this object. Null pointer when absent.
+  const nlohmann::json* raw(std::string_view field) const;
 
   // Throws the error of a field that has the right type and a wrong value.
   [[noreturn]] void wrong(std::string_view field, std::string_view expected) const;
@@ -61,6 +66,7 @@ class ConfigFile {
 
  private:
   ConfigFile() = default;
+  ConfigFile inside(const nlohmann::json& value, std::string_view field) const;
   const nlohmann::json& required(std::string_view field, std::string_view expected) const;
   int64_t to_integer(const nlohmann::json& value, std::string_view field, int64_t min, int64_t max) const;
   [[noreturn]] void fail(std::string message) const;
