@@ -73,11 +73,10 @@ void ThreadPool::worker(int thread) {
     }
     seen = generation_.load(std::memory_order_acquire);
     if (stop_) return;
-    run_pieces(thread);
-    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      std::lock_guard lock(mutex_);
-      done_.notify_one();
-    }
+    // Announce, then look: either the caller sees this worker inside, or the worker sees the loop closed.
+    inside_.fetch_add(1);
+    if (open_.load()) run_pieces(thread);
+    inside_.fetch_sub(1);
   }
 }
 
@@ -87,24 +86,25 @@ void ThreadPool::parallel_for(int64_t count, const std::function<void(int64_t, i
     for (int64_t i = 0; i < count; ++i) body(i, 0);
     return;
   }
+  body_ = &body;
+  count_ = count;
+  error_ = nullptr;
+  next_.store(0, std::memory_order_relaxed);
+  open_.store(true);
   {
     std::lock_guard lock(mutex_);
-    body_ = &body;
-    count_ = count;
-    error_ = nullptr;
-    next_.store(0, std::memory_order_relaxed);
-    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
     generation_.fetch_add(1, std::memory_order_release);
   }
   wake_.notify_all();
   run_pieces(0);
-  for (int spins = 0; running_.load(std::memory_order_acquire) != 0;) {
-    if (++spins < kSpins) {
+  // Nothing is left to hand out. A worker that never got a core is not waited for: on a busy machine
+  // that wait would cost a time slice per loop.
+  open_.store(false);
+  for (int spins = 0; inside_.load() != 0; ++spins) {
+    if (spins < kSpins)
       cpu_relax();
-      continue;
-    }
-    std::unique_lock lock(mutex_);
-    done_.wait(lock, [&] { return running_.load(std::memory_order_acquire) == 0; });
+    else
+      std::this_thread::yield();
   }
   if (error_) std::rethrow_exception(error_);
 }

@@ -35,12 +35,13 @@ class ThreadPool {
 
   std::vector<std::thread> workers_;
   std::mutex mutex_;
-  std::condition_variable wake_, done_;
+  std::condition_variable wake_;
   const std::function<void(int64_t, int)>* body_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> running_{0};
+  std::atomic<uint64_t> generation_{0};  // loops issued so far: what a waiting worker watches
+  std::atomic<bool> open_{false};        // a loop may be joined
+  std::atomic<int> inside_{0};           // workers that may be touching the loop
   bool stop_ = false;
   std::exception_ptr error_;
 };
