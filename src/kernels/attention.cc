@@ -1,0 +1,207 @@
+#include "kernels/attention.h"
+
+#include <limits>
+
+#include "base/error.h"
+#include "kernels/cpu/attention_cpu.h"
+#include "kernels/cpu/kv_pages.h"
+
+namespace lacuna {
+namespace {
+
+void check_layout(const char* op, const KvLayout& l) {
+  if (l.dtype != DType::kF32 && l.dtype != DType::kBF16 && l.dtype != DType::kI8)
+    throw Unsupported("{}: a KV cache of {} cannot be used; expected f32, bf16 or int8", op, dtype_name(l.dtype));
+  if (l.head_dim < 1 || l.head_dim > 65536)
+    throw BadInput("{}: head_dim is {}; expected 1 to 65536", op, l.head_dim);
+  if (l.page_slots < 1) throw BadInput("{}: page_slots is {}; expected 1 or more", op, l.page_slots);
+}
+
+void check_head(const char* op, const KvHeadView& head, int64_t at_least) {
+  if (head.length < at_least)
+    throw BadInput("{}: a KV head holds {} slots; expected {} or more, for as many new tokens", op, head.length, at_least);
+  if (head.length > 0 && !head.pages) throw BadInput("{}: a KV head of {} slots has no pages", op, head.length);
+}
+
+void check_positions(const char* op, int64_t first, int64_t tokens) {
+  if (tokens < 0) throw BadInput("{}: {} tokens; expected 0 or more", op, tokens);
+  if (first < 0 || first > std::numeric_limits<int32_t>::max() - tokens)
+    throw BadInput("{}: positions {} to {} do not fit in 31 bits", op, first, first + tokens);
+}
+
+// Scale and window of a softmax; a scale that is not a positive number has no maximum to subtract.
+void check_softmax(const char* op, float scale, int64_t window) {
+  if (!(scale > 0) || scale > std::numeric_limits<float>::max())
+    throw BadInput("{}: scale is {}; expected a positive number", op, scale);
+  if (window < 0) throw BadInput("{}: window is {}; expected 0 (all) or more", op, window);
+}
+
+int64_t check_stride(const char* op, const char* name, int64_t stride, int64_t row) {
+  if (stride == 0) return row;
+  if (stride < row) throw BadInput("{}: {} is {}; a row has {} elements", op, name, stride, row);
+  return stride;
+}
+
+// Bytes of the slots from the first that any query sees on, each once.
+int64_t kv_bytes(const KvLayout& l, const KvHeadView& head, int64_t first_position, int64_t window, bool values) {
+  const int64_t slots = head.length - cpu::first_visible(l, head, 0, first_position, window);
+  const int64_t row = l.head_dim * static_cast<int64_t>(dtype_size(l.dtype)) + (l.dtype == DType::kI8 ? 4 : 0);
+  return slots * row * (values ? 2 : 1);
+}
+
+}  // namespace
+
+void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
+               std::span<const AttentionSequence> seqs) {
+  constexpr const char* kOp = "attention";
+  check_layout(kOp, layout);
+  if (shape.kv_heads < 1 || shape.query_heads < 1 || shape.query_heads % shape.kv_heads != 0)
+    throw BadInput("{}: {} query heads over {} KV heads; expected a whole number of query heads to a KV head", kOp,
+                   shape.query_heads, shape.kv_heads);
+  check_softmax(kOp, shape.scale, shape.window);
+  const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
+  check_stride(kOp, "q_stride", shape.q_stride, row);
+  check_stride(kOp, "out_stride", shape.out_stride, row);
+  int64_t tokens = 0, longest = 0;
+  for (const AttentionSequence& s : seqs) {
+    check_positions(kOp, s.first_position, s.tokens);
+    if (s.tokens == 0) continue;
+    if (!s.q || !s.out || !s.heads) throw BadInput("{}: a sequence of {} tokens lacks q, out or heads", kOp, s.tokens);
+    for (int g = 0; g < shape.kv_heads; ++g) {
+      check_head(kOp, s.heads[g], s.tokens);
+      longest = longest > s.heads[g].length ? longest : s.heads[g].length;
+    }
+    tokens += s.tokens;
+  }
+  if (tokens == 0) return;
+
+  OpScope scope(ctx, OpKind::kAttention);
+  cpu::AttentionCounts counts;
+  cpu::attention(ctx, layout, shape, seqs, counts);
+  if (!scope.on()) return;
+  scope.record.m = tokens * shape.query_heads;
+  scope.record.n = longest;
+  scope.record.k = layout.head_dim;
+  scope.record.macs = counts.pairs * 2 * layout.head_dim;
+  scope.record.activation_bytes = 2 * tokens * row * 4;
+  for (const AttentionSequence& s : seqs)
+    for (int g = 0; g < shape.kv_heads && s.tokens > 0; ++g)
+      scope.record.kv_read_bytes += kv_bytes(layout, s.heads[g], s.first_position, shape.window, true);
+}
+
+void kv_append(Context& ctx, const KvLayout& layout, const KvHeadView* heads, int kv_heads, const float* k,
+               const float* v, int64_t tokens, int64_t first_position, int64_t stride) {
+  constexpr const char* kOp = "kv_append";
+  check_layout(kOp, layout);
+  if (kv_heads < 1) throw BadInput("{}: {} KV heads; expected 1 or more", kOp, kv_heads);
+  const int64_t row = static_cast<int64_t>(kv_heads) * layout.head_dim;
+  stride = check_stride(kOp, "stride", stride, row);
+  check_positions(kOp, first_position, tokens);
+  if (tokens == 0) return;
+  if (!heads || !k || !v) throw BadInput("{}: {} tokens without heads, k or v", kOp, tokens);
+  for (int g = 0; g < kv_heads; ++g)
+    if (!heads[g].pages) throw BadInput("{}: KV head {} has no pages for {} new tokens", kOp, g, tokens);
+
+  OpScope scope(ctx, OpKind::kKvAppend);
+  cpu::kv_append(ctx, layout, heads, kv_heads, k, v, tokens, first_position, stride);
+  scope.record.m = tokens;
+  scope.record.n = kv_heads;
+  scope.record.k = layout.head_dim;
+  scope.record.activation_bytes = 2 * tokens * row * 4;
+  scope.record.kv_write_bytes = tokens * kv_heads * static_cast<int64_t>(layout.slot_bytes());
+}
+
+void kv_read(Context& ctx, const KvLayout& layout, const KvHeadView& head, int64_t begin, int64_t end, float* k_out,
+             float* v_out) {
+  constexpr const char* kOp = "kv_read";
+  check_layout(kOp, layout);
+  check_head(kOp, head, 0);
+  if (begin < 0 || begin > end || end > head.length)
+    throw BadInput("{}: slots {} to {} of a KV head that holds {}", kOp, begin, end, head.length);
+  if (begin == end || (!k_out && !v_out)) return;
+
+  OpScope scope(ctx, OpKind::kCopy);
+  cpu::kv_read(ctx, layout, head, begin, end, k_out, v_out);
+  const int64_t parts = (k_out != nullptr) + (v_out != nullptr);
+  scope.record.m = end - begin;
+  scope.record.k = layout.head_dim;
+  scope.record.kv_read_bytes =
+      parts * (end - begin) *
+      (layout.head_dim * static_cast<int64_t>(dtype_size(layout.dtype)) + (layout.dtype == DType::kI8 ? 4 : 0));
+  scope.record.activation_bytes = parts * (end - begin) * layout.head_dim * 4;
+}
+
+void kv_compact(Context& ctx, const KvLayout& layout, const KvHeadView& head, std::span<const int32_t> keep) {
+  constexpr const char* kOp = "kv_compact";
+  check_layout(kOp, layout);
+  check_head(kOp, head, 0);
+  int64_t before = -1;
+  for (const int32_t slot : keep) {
+    if (slot <= before || slot >= head.length)
+      throw BadInput("{}: slot {} after slot {} in a list for a KV head of {} slots; expected ascending slots", kOp, slot,
+                     before, head.length);
+    before = slot;
+  }
+
+  OpScope scope(ctx, OpKind::kCompact);
+  const int64_t bytes = cpu::kv_compact(layout, head, keep) * static_cast<int64_t>(layout.slot_bytes());
+  scope.record.m = head.length;
+  scope.record.n = static_cast<int64_t>(keep.size());
+  scope.record.k = layout.head_dim;
+  scope.record.kv_read_bytes = bytes;
+  scope.record.kv_write_bytes = bytes;
+  scope.record.kv_tokens_kept = static_cast<int64_t>(keep.size());
+  scope.record.kv_tokens_evicted = head.length - static_cast<int64_t>(keep.size());
+}
+
+namespace {
+
+int64_t check_queries(const char* op, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t tokens,
+                      int r, int64_t q_stride, int64_t first_position, float scale, int64_t window, const float* out) {
+  check_layout(op, layout);
+  check_softmax(op, scale, window);
+  check_positions(op, first_position, tokens);
+  check_head(op, head, tokens);
+  if (r < 1) throw BadInput("{}: {} query heads to a KV head; expected 1 or more", op, r);
+  if (tokens > 0 && (!q || !out)) throw BadInput("{}: {} query tokens without q or a place for the result", op, tokens);
+  return check_stride(op, "q_stride", q_stride, static_cast<int64_t>(r) * layout.head_dim);
+}
+
+void report_scores(OpScope& scope, const KvLayout& layout, const KvHeadView& head, int64_t rows, int64_t first_position,
+                   int64_t window, int64_t macs, int64_t out_bytes) {
+  if (!scope.on()) return;
+  scope.record.m = rows;
+  scope.record.n = head.length;
+  scope.record.k = layout.head_dim;
+  scope.record.macs = macs;
+  scope.record.activation_bytes = rows * layout.head_dim * 4 + out_bytes;
+  scope.record.kv_read_bytes = kv_bytes(layout, head, first_position, window, false);
+}
+
+}  // namespace
+
+void window_attention(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t w, int r,
+                      int64_t q_stride, int64_t first_position, float scale, int64_t window, float* probs) {
+  q_stride = check_queries("window_attention", layout, head, q, w, r, q_stride, first_position, scale, window, probs);
+  if (w == 0) return;
+  OpScope scope(ctx, OpKind::kEvictScore);
+  cpu::AttentionCounts counts;
+  cpu::window_attention(ctx, layout, head, q, w, r, q_stride, first_position, scale, window, probs, counts);
+  report_scores(scope, layout, head, w * r, first_position, window, counts.pairs * layout.head_dim,
+                w * r * head.length * 4);
+}
+
+void attention_column_sums(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t tokens,
+                           int r, int64_t q_stride, int64_t first_position, float scale, int64_t window, float* sums) {
+  q_stride =
+      check_queries("attention_column_sums", layout, head, q, tokens, r, q_stride, first_position, scale, window, sums);
+  if (tokens == 0) return;
+  OpScope scope(ctx, OpKind::kEvictScore);
+  cpu::AttentionCounts counts;
+  cpu::attention_column_sums(ctx, layout, head, q, tokens, r, q_stride, first_position, scale, window, sums, counts);
+  // Every product is formed twice: once for the rows' sums, once for the columns'.
+  report_scores(scope, layout, head, tokens * r, first_position, window, 2 * counts.pairs * layout.head_dim,
+                2 * r * head.length * 4);
+}
+
+}  // namespace lacuna

@@ -1,0 +1,18 @@
+// Attention bodies for AVX2.
+#if defined(__x86_64__)
+
+#include <cstring>
+
+#include "kernels/cpu/attention_ops.h"
+#include "kernels/cpu/attention_vec.h"
+
+namespace lacuna::cpu {
+namespace {
+#include "kernels/cpu/attention_body.h"
+}  // namespace
+
+const AttentionOps& attention_ops_avx2() { return kF32Ops; }
+
+}  // namespace lacuna::cpu
+
+#endif

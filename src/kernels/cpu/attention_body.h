@@ -1,0 +1,394 @@
+// The bodies behind AttentionOps, written once over Vec; each ISA file includes this inside
+// namespace lacuna::cpu and an anonymous namespace.
+
+// The register tile: kRows x kWide vectors of sums. 12 x 2 + 2 panel vectors + a broadcast fill 27 of
+// 32 AVX-512 registers and need 14 loads for 24 multiply-adds; 4 or 6 x 2 fit the 16 registers of AVX2
+// and SSE2. Both leave more sums in flight than latency * issue width (4 * 2).
+inline constexpr int kLanes = Vec::kLanes;
+inline constexpr int kWide = 2;
+inline constexpr int kPanel = kWide * kLanes;
+inline constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
+
+template <DType kType>
+struct CodeOf;
+template <>
+struct CodeOf<DType::kF32> {
+  using T = float;
+  static Vec load_codes(const T* p) { return load(p); }
+};
+template <>
+struct CodeOf<DType::kBF16> {
+  using T = uint16_t;
+  static Vec load_codes(const T* p) { return load_bf16(p); }
+};
+template <>
+struct CodeOf<DType::kI8> {
+  using T = int8_t;
+  static Vec load_codes(const T* p) { return load_i8(p); }
+};
+
+// Codes [0, n) of p, n < kLanes, zero beyond: never reads past the row.
+template <DType kType>
+inline Vec load_tail(const typename CodeOf<kType>::T* p, int n) {
+  typename CodeOf<kType>::T t[kLanes] = {};
+  for (int i = 0; i < n; ++i) t[i] = p[i];
+  return CodeOf<kType>::load_codes(t);
+}
+
+// ---- tiles ----------------------------------------------------------------------------------------
+
+template <DType kType>
+void rows_as(const void* codes, const float* scales, int64_t count, int d, float* out, int64_t ld) {
+  const auto* p = static_cast<const typename CodeOf<kType>::T*>(codes);
+  const int whole = d / kLanes * kLanes;
+  for (int64_t i = 0; i < count; ++i, p += d, out += ld) {
+    const Vec s = set1(kType == DType::kI8 ? scales[i] : 1.0f);
+    for (int c = 0; c < whole; c += kLanes) {
+      const Vec x = CodeOf<kType>::load_codes(p + c);
+      store(out + c, kType == DType::kI8 ? x * s : x);
+    }
+    if (whole < d) {
+      const Vec x = load_tail<kType>(p + whole, d - whole);
+      store_part(out + whole, kType == DType::kI8 ? x * s : x, d - whole);
+    }
+    for (int64_t c = d; c < ld; ++c) out[c] = 0;
+  }
+}
+
+void rows_f32(DType dtype, const void* codes, const float* scales, int64_t count, int d, void* out, int64_t ld) {
+  auto* o = static_cast<float*>(out);
+  if (dtype == DType::kF32) return rows_as<DType::kF32>(codes, scales, count, d, o, ld);
+  if (dtype == DType::kBF16) return rows_as<DType::kBF16>(codes, scales, count, d, o, ld);
+  rows_as<DType::kI8>(codes, scales, count, d, o, ld);
+}
+
+void pack_keys_f32(const void* rows, int64_t ld, int d, void* out) {
+  const auto* src = static_cast<const float*>(rows);
+  auto* dst = static_cast<float*>(out);
+  const int whole = d / kLanes * kLanes;
+  for (int key = 0; key < kKeyTile; key += kPanel, dst += static_cast<int64_t>(d) * kPanel)
+    for (int part = 0; part < kPanel; part += kLanes) {
+      const float* from = src + (key + part) * ld;
+      for (int c = 0; c < whole; c += kLanes) transpose(from + c, ld, dst + c * kPanel + part, kPanel);
+      for (int c = whole; c < d; ++c)
+        for (int i = 0; i < kLanes; ++i) dst[c * kPanel + part + i] = from[i * ld + c];
+    }
+}
+
+void pack_values_f32(const void* rows, int64_t ld, int d, void* out) {
+  const auto* src = static_cast<const float*>(rows);
+  auto* dst = static_cast<float*>(out);
+  for (int c = 0; c < d; c += kPanel)
+    for (int key = 0; key < kKeyTile; ++key, dst += kPanel)
+      for (int part = 0; part < kPanel; part += kLanes) store(dst + part, load(src + key * ld + c + part));
+}
+
+template <int kR, int kW, bool kAdd>
+void tile_f32(const float* a, int64_t lda, const float* b, int k, const float* shrink, float* c, int64_t ldc) {
+  Vec sums[kR][kW];
+  for (int i = 0; i < kR; ++i)
+    for (int w = 0; w < kW; ++w) sums[i][w] = zero();
+  for (int x = 0; x < k; ++x, b += kPanel) {
+    Vec bw[kW];
+    for (int w = 0; w < kW; ++w) bw[w] = load(b + w * kLanes);
+    for (int i = 0; i < kR; ++i) {
+      const Vec ai = set1(a[i * lda + x]);
+      for (int w = 0; w < kW; ++w) sums[i][w] = fma(ai, bw[w], sums[i][w]);
+    }
+  }
+  for (int i = 0; i < kR; ++i)
+    for (int w = 0; w < kW; ++w) {
+      float* out = c + i * ldc + w * kLanes;
+      store(out, kAdd ? fma(set1(shrink[i]), load(out), sums[i][w]) : sums[i][w]);
+    }
+}
+
+// All rows of one panel: whole register tiles, then the rest in one smaller tile.
+template <int kW, bool kAdd, int kR = kRows>
+void panel_f32(const float* a, int64_t lda, const float* b, int k, int rows, const float* shrink, float* c,
+               int64_t ldc) {
+  for (; rows >= kR; rows -= kR, a += kR * lda, c += kR * ldc) {
+    tile_f32<kR, kW, kAdd>(a, lda, b, k, shrink, c, ldc);
+    if (kAdd) shrink += kR;
+  }
+  if constexpr (kR > 1) {
+    if (rows) panel_f32<kW, kAdd, kR - 1>(a, lda, b, k, rows, shrink, c, ldc);
+  }
+}
+
+void scores_f32(const void* a, int64_t lda, const void* b, int k, int rows, int columns, float* c, int64_t ldc) {
+  const auto* panel = static_cast<const float*>(b);
+  for (int x = 0; x < columns; x += kPanel, panel += static_cast<int64_t>(k) * kPanel)
+    panel_f32<kWide, false>(static_cast<const float*>(a), lda, panel, k, rows, nullptr, c + x, ldc);
+}
+
+void values_f32(const void* a, int64_t lda, const void* b, int from, int k, int rows, int d, const float* shrink,
+                float* c, int64_t ldc) {
+  const auto* panel = static_cast<const float*>(b) + static_cast<int64_t>(from) * kPanel;
+  const float* p = static_cast<const float*>(a) + from;
+  for (int x = 0; x < d; x += kPanel, panel += static_cast<int64_t>(kKeyTile) * kPanel) {
+    if (d - x > kLanes)
+      panel_f32<kWide, true>(p, lda, panel, k, rows, shrink, c + x, ldc);
+    else
+      panel_f32<1, true>(p, lda, panel, k, rows, shrink, c + x, ldc);
+  }
+}
+
+// ---- softmax --------------------------------------------------------------------------------------
+
+inline constexpr float kMinusInf = -__builtin_huge_valf();
+
+float max_of(const float* x, int64_t count) {
+  Vec m = set1(kMinusInf);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) m = vmax(m, load(x + i));
+  float best = largest(m);
+  for (; i < count; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// Stores 2^(scores * scale - max) of columns [0, count) through `put`; returns the sum.
+template <int kDegree, class Put>
+inline float each_exponential(const float* scores, int64_t count, float scale, float max, Put put) {
+  const Vec s = set1(scale), m = set1(-max);
+  Vec total = zero();
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec e = exp2<kDegree>(fma(load(scores + i), s, m));
+    put(i, e, kLanes);
+    total = total + e;
+  }
+  float tail = 0;
+  if (i < count) {
+    const int n = static_cast<int>(count - i);
+    float part[kLanes];
+    const Vec e = exp2<kDegree>(fma(load_part(scores + i, n), s, m));
+    put(i, e, n);
+    store(part, e);
+    for (int j = 0; j < n; ++j) tail += part[j];
+  }
+  return sum(total) + tail;
+}
+
+float exponentials(const float* scores, int64_t count, float scale, float max, float* p) {
+  return each_exponential<5>(scores, count, scale, max, [p](int64_t c, Vec e, int n) {
+    if (n == kLanes)
+      store(p + c, e);
+    else
+      store_part(p + c, e, n);
+  });
+}
+
+// One row's share of an online-softmax step: the new maximum, what it does to the old sums.
+inline void step_max(const SoftmaxStep& s, int i, const float* row, int n) {
+  const float seen = max_of(row, n) * s.scale;
+  const float before = s.max[i];
+  const float now = before > seen ? before : seen;
+  float shrink[kLanes];
+  store(shrink, exp2<5>(set1(before - now)));
+  s.shrink[i] = before == now ? 1.0f : before == kMinusInf ? 0.0f : shrink[0];
+  s.max[i] = now;
+}
+
+void softmax_f32(const SoftmaxStep& s) {
+  for (int i = 0; i < s.rows; ++i) {
+    const float* row = s.scores + i * s.ld;
+    float* p = static_cast<float*>(s.p) + i * s.ld;
+    int begin = s.begin[i], end = s.end[i];
+    if (begin >= end) {
+      s.shrink[i] = 1;
+      begin = end = s.from;
+    } else {
+      step_max(s, i, row + begin, end - begin);
+      float* out = p + begin;
+      const float total = exponentials(row + begin, end - begin, s.scale, s.max[i], out);
+      s.sum[i] = s.sum[i] * s.shrink[i] + total;
+    }
+    for (int c = s.from; c < begin; ++c) p[c] = 0;
+    for (int c = end; c < s.to; ++c) p[c] = 0;
+  }
+}
+
+void add_exponentials(const float* scores, int64_t count, float scale, float max, float factor, float* sums) {
+  const Vec f = set1(factor);
+  each_exponential<5>(scores, count, scale, max, [sums, f](int64_t c, Vec e, int n) {
+    store_part(sums + c, fma(e, f, load_part(sums + c, n)), n);
+  });
+}
+
+// ---- streaming ------------------------------------------------------------------------------------
+
+inline void prefetch_row(const void* next, int64_t offset, int64_t bytes) {
+  if (!next) return;
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(next) + offset + b);
+}
+
+// kQ queries against 4 * kGroups keys at a time: every key vector is loaded and widened once for the
+// kQ queries, and the 4 * kQuads sums fold into one vector of dot products.
+template <DType kType, int kQ>
+void scores_of(const void* codes, const float* scales, int count, int d, const float* q, int64_t ldq, float* out,
+               int64_t ld, const void* next) {
+  using Code = CodeOf<kType>;
+  using T = typename Code::T;
+  constexpr int kGroups = kQuads / kQ > 0 ? kQuads / kQ : 1;
+  constexpr int kKeys = 4 * kGroups;
+  const int whole = d / kLanes * kLanes;
+  const int64_t row_bytes = static_cast<int64_t>(d) * static_cast<int64_t>(sizeof(T));
+  for (int key = 0; key < count; key += kKeys) {
+    const int n = count - key < kKeys ? count - key : kKeys;
+    const T* k[kKeys];
+    for (int j = 0; j < kKeys; ++j)
+      k[j] = static_cast<const T*>(codes) + static_cast<int64_t>(key + (j < n ? j : 0)) * d;
+    prefetch_row(next, key * row_bytes, n * row_bytes);
+    Vec sums[kQuads][4];
+    for (int g = 0; g < kQuads; ++g)
+      for (int j = 0; j < 4; ++j) sums[g][j] = zero();
+    for (int c = 0; c < whole; c += kLanes) {
+      Vec x[kQ];
+      for (int i = 0; i < kQ; ++i) x[i] = load(q + i * ldq + c);
+      for (int j = 0; j < kKeys; ++j) {
+        const Vec y = Code::load_codes(k[j] + c);
+        for (int i = 0; i < kQ; ++i) sums[i * kGroups + j / 4][j % 4] = fma(x[i], y, sums[i * kGroups + j / 4][j % 4]);
+      }
+    }
+    if (whole < d)
+      for (int j = 0; j < kKeys; ++j) {
+        const Vec y = load_tail<kType>(k[j] + whole, d - whole);
+        for (int i = 0; i < kQ; ++i)
+          sums[i * kGroups + j / 4][j % 4] = fma(load(q + i * ldq + whole), y, sums[i * kGroups + j / 4][j % 4]);
+      }
+    float dots[4 * kQuads];
+    sum_quads(sums, dots);
+    for (int i = 0; i < kQ; ++i)
+      for (int j = 0; j < n; ++j)
+        out[i * ld + key + j] = kType == DType::kI8 ? dots[i * kKeys + j] * scales[key + j] : dots[i * kKeys + j];
+  }
+}
+
+template <DType kType>
+void scores_as(const void* codes, const float* scales, int count, int d, const float* q, int64_t ldq, int rows,
+               float* out, int64_t ld, const void* next) {
+  for (; rows >= kQuads; rows -= kQuads, q += kQuads * ldq, out += kQuads * ld, next = nullptr)
+    scores_of<kType, kQuads>(codes, scales, count, d, q, ldq, out, ld, next);
+  if (kQuads > 3 && rows == 3) scores_of<kType, kQuads < 3 ? kQuads : 3>(codes, scales, count, d, q, ldq, out, ld, next);
+  if (kQuads > 2 && rows == 2) scores_of<kType, 2>(codes, scales, count, d, q, ldq, out, ld, next);
+  if (rows == 1) scores_of<kType, 1>(codes, scales, count, d, q, ldq, out, ld, next);
+}
+
+void stream_scores(DType dtype, const void* codes, const float* scales, int count, int d, const float* q, int64_t ldq,
+                   int rows, float* out, int64_t ld, const void* next) {
+  if (dtype == DType::kF32) return scores_as<DType::kF32>(codes, scales, count, d, q, ldq, rows, out, ld, next);
+  if (dtype == DType::kBF16) return scores_as<DType::kBF16>(codes, scales, count, d, q, ldq, rows, out, ld, next);
+  scores_as<DType::kI8>(codes, scales, count, d, q, ldq, rows, out, ld, next);
+}
+
+// kQ rows of out, kW vectors of columns: 4 x 4 sums, one value vector widened for kQ queries.
+template <DType kType, int kQ, int kW>
+void values_of(const void* codes, const float* scales, int count, int d, int column, const float* p, int64_t ld,
+               float* out, int64_t ld_out) {
+  using Code = CodeOf<kType>;
+  const auto* v = static_cast<const typename Code::T*>(codes) + column;
+  Vec sums[kQ][kW];
+  for (int i = 0; i < kQ; ++i)
+    for (int w = 0; w < kW; ++w) sums[i][w] = load(out + i * ld_out + column + w * kLanes);
+  for (int key = 0; key < count; ++key, v += d) {
+    Vec x[kQ];
+    for (int i = 0; i < kQ; ++i)
+      x[i] = set1(kType == DType::kI8 ? p[i * ld + key] * scales[key] : p[i * ld + key]);
+    for (int w = 0; w < kW; ++w) {
+      const Vec y = Code::load_codes(v + w * kLanes);
+      for (int i = 0; i < kQ; ++i) sums[i][w] = fma(x[i], y, sums[i][w]);
+    }
+  }
+  for (int i = 0; i < kQ; ++i)
+    for (int w = 0; w < kW; ++w) store(out + i * ld_out + column + w * kLanes, sums[i][w]);
+}
+
+template <DType kType, int kQ>
+void values_rows(const void* codes, const float* scales, int count, int d, const float* p, int64_t ld, float* out,
+                 int64_t ld_out) {
+  int c = 0;
+  for (; c + 4 * kLanes <= d; c += 4 * kLanes) values_of<kType, kQ, 4>(codes, scales, count, d, c, p, ld, out, ld_out);
+  for (; c + kLanes <= d; c += kLanes) values_of<kType, kQ, 1>(codes, scales, count, d, c, p, ld, out, ld_out);
+  if (c < d) {
+    const auto* v = static_cast<const typename CodeOf<kType>::T*>(codes) + c;
+    for (int key = 0; key < count; ++key, v += d) {
+      const Vec y = load_tail<kType>(v, d - c);
+      for (int i = 0; i < kQ; ++i) {
+        const float w = kType == DType::kI8 ? p[i * ld + key] * scales[key] : p[i * ld + key];
+        float* o = out + i * ld_out + c;
+        store(o, fma(set1(w), y, load(o)));
+      }
+    }
+  }
+}
+
+template <DType kType>
+void values_as(const void* codes, const float* scales, int count, int d, const float* p, int64_t ld, int rows,
+               float* out, int64_t ld_out, const void* next) {
+  using T = typename CodeOf<kType>::T;
+  prefetch_row(next, 0, static_cast<int64_t>(count) * d * static_cast<int64_t>(sizeof(T)));
+  for (; rows >= 4; rows -= 4, p += 4 * ld, out += 4 * ld_out)
+    values_rows<kType, 4>(codes, scales, count, d, p, ld, out, ld_out);
+  if (rows == 3) values_rows<kType, 3>(codes, scales, count, d, p, ld, out, ld_out);
+  if (rows == 2) values_rows<kType, 2>(codes, scales, count, d, p, ld, out, ld_out);
+  if (rows == 1) values_rows<kType, 1>(codes, scales, count, d, p, ld, out, ld_out);
+}
+
+void stream_values(DType dtype, const void* codes, const float* scales, int count, int d, const float* p, int64_t ld,
+                   int rows, float* out, int64_t ld_out, const void* next) {
+  if (dtype == DType::kF32) return values_as<DType::kF32>(codes, scales, count, d, p, ld, rows, out, ld_out, next);
+  if (dtype == DType::kBF16) return values_as<DType::kBF16>(codes, scales, count, d, p, ld, rows, out, ld_out, next);
+  values_as<DType::kI8>(codes, scales, count, d, p, ld, rows, out, ld_out, next);
+}
+
+void scale_row(const float* x, float factor, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; ++i) y[i] = x[i] * factor;
+}
+void add_row(const float* x, float factor, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; ++i) y[i] += x[i] * factor;
+}
+
+// ---- cache rows -----------------------------------------------------------------------------------
+
+float encode_row(const float* x, int d, DType dtype, void* codes) {
+  const int whole = d / kLanes * kLanes;
+  if (dtype == DType::kF32) {
+    std::memcpy(codes, x, static_cast<size_t>(d) * sizeof(float));
+    return 0;
+  }
+  if (dtype == DType::kBF16) {
+    auto* out = static_cast<uint16_t*>(codes);
+    for (int c = 0; c < whole; c += kLanes) store_bf16(out + c, load(x + c));
+    if (whole < d) {
+      uint16_t t[kLanes];
+      store_bf16(t, load_part(x + whole, d - whole));
+      std::memcpy(out + whole, t, static_cast<size_t>(d - whole) * sizeof(uint16_t));
+    }
+    return 0;
+  }
+  Vec m = zero();
+  for (int c = 0; c < whole; c += kLanes) m = vmax(vabs(load(x + c)), m);
+  if (whole < d) m = vmax(vabs(load_part(x + whole, d - whole)), m);
+  const float scale = largest(m) / 127.0f;
+  auto* out = static_cast<int8_t*>(codes);
+  if (!(scale > 0) || scale > 3.4e38f) {
+    std::memset(out, 0, static_cast<size_t>(d));
+    return scale > 0 ? scale : 0;
+  }
+  // Divided, not multiplied by 1/scale: the code of the definition, to the last bit. The clamp guards
+  // a subnormal scale, whose rounding can push amax / scale past 127.
+  const Vec s = set1(scale), top = set1(127.0f), bottom = set1(-127.0f);
+  for (int c = 0; c < whole; c += kLanes) store_i8(out + c, vmin(vmax(load(x + c) / s, bottom), top));
+  if (whole < d) {
+    int8_t t[kLanes];
+    store_i8(t, vmin(vmax(load_part(x + whole, d - whole) / s, bottom), top));
+    std::memcpy(out + whole, t, static_cast<size_t>(d - whole));
+  }
+  return scale;
+}
+
+inline constexpr TileOps kTileF32 = {4, kPanel, rows_f32, pack_keys_f32, pack_values_f32, scores_f32, values_f32,
+                                     softmax_f32};
+inline constexpr AttentionOps kF32Ops = {kTileF32, nullptr, stream_scores, stream_values, scale_row, add_row,
+                                         encode_row, exponentials, add_exponentials, max_of};

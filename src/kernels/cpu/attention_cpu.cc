@@ -1,0 +1,387 @@
+#include "kernels/cpu/attention_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+
+namespace lacuna::cpu {
+namespace {
+
+// Query rows (tokens x query heads of a group) of one blocked item. Its packed queries and sums
+// (2 * 384 * 64 * 4 B = 192 KB at d = 64) share L2 with the key tile, and packing a tile costs about a
+// hundredth of what 384 rows do with it.
+constexpr int64_t kBlockRows = 384;
+// Up to so many rows the keys and values are used as they lie, without packing: the time to stream
+// them covers the arithmetic.
+constexpr int64_t kStreamRows = 16;
+// Slots whose scores a streaming item holds at a time: 16 rows * 256 * 4 B = 16 KB, a third of L1.
+constexpr int64_t kStreamTile = 256;
+// Slots of a chunk where the keys of few queries are split among threads: 1024 slots are 256 KB or
+// more of f32 at d = 32, against some 5 us to hand out an item. No more than 32 chunks a head, which
+// bounds the partial results.
+constexpr int64_t kChunkSlots = 1024;
+constexpr int64_t kMaxChunks = 32;
+
+// The work of one thread at a time.
+struct Item {
+  int64_t sequence, head;
+  int64_t token_begin, token_end;
+  int64_t slot_begin, slot_end;
+  int64_t partial;  // where its unfinished result goes, in floats; -1: it is the only chunk
+};
+
+// Chunks of one head to be put together: items [first, first + chunks).
+struct Merge {
+  int64_t first, chunks;
+};
+
+struct Job {
+  const KvLayout& layout;
+  const AttentionShape& shape;
+  std::span<const AttentionSequence> sequences;
+  const AttentionOps& ops;
+  const TileOps& tile;
+  AttentionCounts& counts;
+  int64_t group;    // query heads to a KV head
+  int64_t ld;       // stride of rows of d elements
+  int64_t q_stride, out_stride;
+  float scale;      // log2(e) included
+  Item* items = nullptr;
+  float* partials = nullptr;
+
+  int d() const { return layout.head_dim; }
+  const float* query(const AttentionSequence& s, int64_t head, int64_t token) const {
+    return s.q + token * q_stride + head * group * d();
+  }
+  float* output(const AttentionSequence& s, int64_t head, int64_t token) const {
+    return s.out + token * out_stride + head * group * d();
+  }
+  int64_t rows(const Item& item) const { return (item.token_end - item.token_begin) * group; }
+  bool streams(const Item& item) const { return rows(item) <= kStreamRows; }
+  // Sums [rows, ld], then maxima [rows], then sums of p [rows].
+  int64_t partial_size(int64_t rows) const { return rows * (ld + 2); }
+};
+
+// Carves arrays out of a thread's workspace; every part starts on a cache line.
+class Carver {
+ public:
+  explicit Carver(std::byte* base) : at_(base) {}
+  template <typename T>
+  T* take(int64_t n) {
+    T* p = reinterpret_cast<T*>(at_);
+    at_ += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
+    return p;
+  }
+
+ private:
+  std::byte* at_;
+};
+
+// The slots each token of an item sees, clipped to the item's: [begin, end), both ascending.
+void visible_slots(const Job& job, const Item& item, int64_t* begin, int64_t* end) {
+  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+  const KvHeadView& head = s.heads[item.head];
+  int64_t lo = item.slot_begin, pairs = 0;
+  for (int64_t t = item.token_begin; t < item.token_end; ++t) {
+    lo = first_visible(job.layout, head, lo, s.first_position + t, job.shape.window);
+    const int64_t b = std::min(lo, item.slot_end);
+    const int64_t e = std::max(b, std::min(item.slot_end, head.length - s.tokens + t + 1));
+    *begin++ = b;
+    *end++ = e;
+    pairs += e - b;
+  }
+  job.counts.pairs.fetch_add(pairs * job.group, std::memory_order_relaxed);
+}
+
+// What an item takes from its thread's workspace; 64 bytes for each part cover the alignment.
+int64_t workspace_bytes(const Job& job, const Item& item) {
+  const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), element = job.tile.element;
+  if (job.streams(item)) return 10 * 64 + rows * (2 * job.ld * 4 + kStreamTile * 4 + 20) + tokens * 16;
+  return 14 * 64 + rows * (job.ld * (element + 4) + 8) + 3 * kKeyTile * job.ld * element + kRowBlock * kKeyTile * 8 +
+         kRowBlock * 12 + tokens * 16;
+}
+
+// Divides the sums by the softmax's denominator, or leaves all three for the merge.
+void finish(const Job& job, const Item& item, const float* sums, const float* max, const float* total) {
+  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+  const int64_t rows = job.rows(item);
+  if (item.partial >= 0) {
+    float* p = job.partials + item.partial;
+    std::copy_n(sums, rows * job.ld, p);
+    std::copy_n(max, rows, p + rows * job.ld);
+    std::copy_n(total, rows, p + rows * (job.ld + 1));
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    job.ops.scale_row(sums + i * job.ld, 1.0f / total[i], job.d(),
+                      job.output(s, item.head, item.token_begin + i / job.group) + i % job.group * job.d());
+}
+
+void blocked_item(Context& ctx, const Job& job, const Item& item, int thread) {
+  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+  const KvHeadView& head = s.heads[item.head];
+  const TileOps& tile = job.tile;
+  const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item);
+  const int64_t d = job.d(), ld = job.ld, element = tile.element;
+  Carver carve(ctx.workspace<std::byte>(thread, static_cast<size_t>(workspace_bytes(job, item))));
+  auto* q = carve.take<std::byte>(rows * ld * element);
+  auto* sums = carve.take<float>(rows * ld);
+  auto* max = carve.take<float>(rows);
+  auto* total = carve.take<float>(rows);
+  auto* begin = carve.take<int64_t>(tokens);
+  auto* end = carve.take<int64_t>(tokens);
+  auto* unpacked = carve.take<std::byte>(kKeyTile * ld * element);
+  auto* keys = carve.take<std::byte>(kKeyTile * ld * element);
+  auto* values = carve.take<std::byte>(kKeyTile * ld * element);
+  auto* scores = carve.take<float>(kRowBlock * kKeyTile);
+  auto* p = element == 4 ? scores : carve.take<float>(kRowBlock * kKeyTile);
+  auto* shrink = carve.take<float>(kRowBlock);
+  auto* row_begin = carve.take<int32_t>(kRowBlock);
+  auto* row_end = carve.take<int32_t>(kRowBlock);
+
+  // Rows are ordered by token, then query head, so that a row block spans few tokens and the
+  // diagonal wastes little.
+  for (int64_t t = 0; t < tokens; ++t)
+    tile.rows(DType::kF32, job.query(s, item.head, item.token_begin + t), nullptr, job.group, job.d(),
+              q + t * job.group * ld * element, ld);
+  std::fill_n(sums, rows * ld, 0.0f);
+  std::fill_n(max, rows, -std::numeric_limits<float>::infinity());
+  std::fill_n(total, rows, 0.0f);
+  visible_slots(job, item, begin, end);
+
+  const int64_t last = end[tokens - 1];
+  for (int64_t slot = begin[0] / kKeyTile * kKeyTile; slot < last; slot += kKeyTile) {
+    const int64_t slot_end = std::min(slot + kKeyTile, last);
+    bool packed = false;
+    for (int64_t row = 0; row < rows; row += kRowBlock) {
+      const int64_t n = std::min<int64_t>(kRowBlock, rows - row);
+      const int64_t lo = begin[row / job.group], hi = end[(row + n - 1) / job.group];
+      if (lo >= slot_end || hi <= slot) continue;
+      if (!packed) {
+        load_tile_rows(tile, job.layout, head, KvPart::kKeys, slot, slot_end, unpacked, ld);
+        tile.pack_keys(unpacked, ld, job.d(), keys);
+        load_tile_rows(tile, job.layout, head, KvPart::kValues, slot, slot_end, unpacked, ld);
+        tile.pack_values(unpacked, ld, job.d(), values);
+        packed = true;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t t = (row + i) / job.group;
+        row_begin[i] = static_cast<int32_t>(std::clamp<int64_t>(begin[t] - slot, 0, kKeyTile));
+        row_end[i] = static_cast<int32_t>(std::clamp<int64_t>(end[t] - slot, 0, kKeyTile));
+      }
+      const auto from = static_cast<int>(std::max<int64_t>(0, lo - slot) / kPad * kPad);
+      const auto to = static_cast<int>(round_up(std::min(slot_end, hi) - slot, kPad));
+      const auto m = static_cast<int>(n);
+      const std::byte* queries = q + row * ld * element;
+      tile.scores(queries, ld, keys + from * tile.key_depth(job.d()) * element, job.d(), m, to - from, scores + from,
+                  kKeyTile);
+      tile.softmax({scores, kKeyTile, m, row_begin, row_end, from, to, job.scale, max + row, total + row, shrink, p});
+      tile.values(p, kKeyTile, values, from, to - from, m, static_cast<int>(d), shrink, sums + row * ld, ld);
+    }
+  }
+  finish(job, item, sums, max, total);
+}
+
+// Where the stretch after this one starts, to be fetched while this one is used.
+const std::byte* next_codes(const Job& job, const KvHeadView& head, KvPart part, int64_t slot, int64_t tile_begin,
+                            int64_t tile_end, int64_t end) {
+  if (slot < tile_end) return stretch(job.layout, head, part, slot, tile_end).codes;
+  if (part == KvPart::kKeys) return stretch(job.layout, head, KvPart::kValues, tile_begin, tile_end).codes;
+  return slot < end ? stretch(job.layout, head, KvPart::kKeys, slot, end).codes : nullptr;
+}
+
+void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) {
+  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+  const KvHeadView& head = s.heads[item.head];
+  const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), ld = job.ld;
+  Carver carve(ctx.workspace<std::byte>(thread, static_cast<size_t>(workspace_bytes(job, item))));
+  auto* q = carve.take<float>(rows * ld);
+  auto* sums = carve.take<float>(rows * ld);
+  auto* scores = carve.take<float>(rows * kStreamTile);
+  auto* max = carve.take<float>(rows);
+  auto* total = carve.take<float>(rows);
+  auto* shrink = carve.take<float>(rows);
+  auto* row_begin = carve.take<int32_t>(rows);
+  auto* row_end = carve.take<int32_t>(rows);
+  auto* begin = carve.take<int64_t>(tokens);
+  auto* end = carve.take<int64_t>(tokens);
+
+  for (int64_t t = 0; t < tokens; ++t)
+    job.ops.f32.rows(DType::kF32, job.query(s, item.head, item.token_begin + t), nullptr, job.group, job.d(),
+                     q + t * job.group * ld, ld);
+  std::fill_n(sums, rows * ld, 0.0f);
+  std::fill_n(max, rows, -std::numeric_limits<float>::infinity());
+  std::fill_n(total, rows, 0.0f);
+  visible_slots(job, item, begin, end);
+
+  const auto m = static_cast<int>(rows);
+  const int64_t last = end[tokens - 1];
+  for (int64_t slot = begin[0], slot_end; slot < last; slot = slot_end) {
+    slot_end = std::min(slot + kStreamTile, last);
+    for (int64_t at = slot; at < slot_end;) {
+      const KvStretch k = stretch(job.layout, head, KvPart::kKeys, at, slot_end);
+      job.ops.stream_scores(job.layout.dtype, k.codes, k.scales, static_cast<int>(k.count), job.d(), q, ld, m,
+                            scores + (at - slot), kStreamTile,
+                            next_codes(job, head, KvPart::kKeys, at + k.count, slot, slot_end, last));
+      at += k.count;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t t = i / job.group;
+      row_begin[i] = static_cast<int32_t>(std::clamp<int64_t>(begin[t] - slot, 0, kStreamTile));
+      row_end[i] = static_cast<int32_t>(std::clamp<int64_t>(end[t] - slot, 0, kStreamTile));
+    }
+    job.ops.f32.softmax({scores, kStreamTile, m, row_begin, row_end, 0, static_cast<int>(slot_end - slot), job.scale,
+                         max, total, shrink, scores});
+    for (int64_t i = 0; i < rows; ++i)
+      if (shrink[i] != 1.0f) job.ops.scale_row(sums + i * ld, shrink[i], ld, sums + i * ld);
+    for (int64_t at = slot; at < slot_end;) {
+      const KvStretch v = stretch(job.layout, head, KvPart::kValues, at, slot_end);
+      job.ops.stream_values(job.layout.dtype, v.codes, v.scales, static_cast<int>(v.count), job.d(),
+                            scores + (at - slot), kStreamTile, m, sums, ld,
+                            next_codes(job, head, KvPart::kValues, at + v.count, slot, slot_end, last));
+      at += v.count;
+    }
+  }
+  finish(job, item, sums, max, total);
+}
+
+// Puts the chunks of one head together by their log-sum-exp, in the order of their slots.
+void merge_chunks(const Job& job, const Merge& merge) {
+  const Item& item = job.items[merge.first];
+  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+  const int64_t rows = job.rows(item), ld = job.ld, d = job.d();
+  const float* base = job.partials + item.partial;
+  const int64_t step = job.partial_size(rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* max = base + rows * ld + i;
+    const float* total = max + rows;
+    float top = max[0];
+    for (int64_t c = 1; c < merge.chunks; ++c) top = std::max(top, max[c * step]);
+    // A chunk that this row sees nothing of has maximum -inf, no sum and no weight.
+    const auto weight = [&](int64_t c) { return total[c * step] > 0 ? std::exp2(max[c * step] - top) : 0.0f; };
+    float all = 0;
+    for (int64_t c = 0; c < merge.chunks; ++c) all += total[c * step] * weight(c);
+    float* out = job.output(s, item.head, item.token_begin + i / job.group) + i % job.group * d;
+    job.ops.scale_row(base + i * ld, weight(0) / all, d, out);
+    for (int64_t c = 1; c < merge.chunks; ++c) job.ops.add_row(base + c * step + i * ld, weight(c) / all, d, out);
+  }
+}
+
+// Lists the items of a call; counts only while `items` is null. The split depends on each sequence
+// alone, never on the threads or the other sequences.
+struct Plan {
+  int64_t items = 0, merges = 0, partials = 0;
+  int64_t workspace = 0;  // the most that any item takes
+};
+Plan plan(const Job& job, Item* items, Merge* merges) {
+  Plan n;
+  const auto add = [&](const Item& item) {
+    if (items) items[n.items] = item;
+    ++n.items;
+    n.workspace = std::max(n.workspace, workspace_bytes(job, item));
+  };
+  for (size_t q = 0; q < job.sequences.size(); ++q) {
+    const AttentionSequence& s = job.sequences[q];
+    if (s.tokens == 0) continue;
+    const int64_t block = std::max<int64_t>(1, kBlockRows / job.group), blocks = (s.tokens + block - 1) / block;
+    // Late blocks see most keys; they go first so that the threads end together.
+    for (int64_t b = blocks - 1; b >= 0; --b)
+      for (int64_t g = 0; g < job.shape.kv_heads; ++g) {
+        const KvHeadView& head = s.heads[g];
+        const int64_t t0 = b * block, t1 = std::min(s.tokens, t0 + block);
+        const int64_t end = head.length - s.tokens + t1;
+        const int64_t begin =
+            first_visible(job.layout, head, 0, s.first_position + t0, job.shape.window) / kKeyTile * kKeyTile;
+        Item item{static_cast<int64_t>(q), g, t0, t1, begin, end, -1};
+        const int64_t chunk = round_up(std::max(kChunkSlots, (end - begin) / kMaxChunks), kChunkSlots);
+        if (blocks > 1 || end - begin <= chunk) {
+          add(item);
+          continue;
+        }
+        if (merges) merges[n.merges] = {n.items, (end - begin + chunk - 1) / chunk};
+        ++n.merges;
+        for (int64_t c = begin; c < end; c += chunk) {
+          item.slot_begin = c;
+          item.slot_end = std::min(end, c + chunk);
+          item.partial = n.partials;
+          n.partials += job.partial_size(job.rows(item));
+          add(item);
+        }
+      }
+  }
+  return n;
+}
+
+}  // namespace
+
+void load_tile_rows(const TileOps& ops, const KvLayout& layout, const KvHeadView& head, KvPart part, int64_t begin,
+                    int64_t end, void* rows, int64_t ld) {
+  auto* out = static_cast<std::byte*>(rows);
+  const int64_t row = ld * ops.element;
+  for (int64_t at = begin; at < end;) {
+    const KvStretch s = stretch(layout, head, part, at, end);
+    ops.rows(layout.dtype, s.codes, s.scales, s.count, layout.head_dim, out + (at - begin) * row, ld);
+    at += s.count;
+  }
+  std::fill(out + (end - begin) * row, out + kKeyTile * row, std::byte{0});
+}
+
+int64_t first_visible(const KvLayout& layout, const KvHeadView& head, int64_t from, int64_t position, int64_t window) {
+  if (window <= 0) return from;
+  // A few steps are enough from one query to the next; the first query's search halves the rest.
+  const int64_t after = position - window;
+  for (int i = 0; i < 4; ++i, ++from)
+    if (from >= head.length || head.position(layout, from) > after) return from;
+  int64_t lo = from, hi = head.length;
+  while (lo < hi) {
+    const int64_t mid = (lo + hi) / 2;
+    if (head.position(layout, mid) > after)
+      hi = mid;
+    else
+      lo = mid + 1;
+  }
+  return lo;
+}
+
+void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
+               std::span<const AttentionSequence> seqs, AttentionCounts& counts) {
+  const AttentionOps& ops = attention_ops(cpu_isa());
+  const TileOps& tile = ctx.activations == ActivationType::kBF16 && ops.bf16 ? *ops.bf16 : ops.f32;
+  const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
+  Job job{layout,
+          shape,
+          seqs,
+          ops,
+          tile,
+          counts,
+          shape.query_heads / shape.kv_heads,
+          round_up(layout.head_dim, kPad),
+          shape.q_stride ? shape.q_stride : row,
+          shape.out_stride ? shape.out_stride : row,
+          shape.scale * kLog2e};
+  const Plan size = plan(job, nullptr, nullptr);
+  Carver carve(ctx.workspace<std::byte>(
+      ctx.shared_slot(), static_cast<size_t>(192 + size.items * static_cast<int64_t>(sizeof(Item)) +
+                                             size.merges * static_cast<int64_t>(sizeof(Merge)) + size.partials * 4)));
+  job.items = carve.take<Item>(size.items);
+  auto* merges = carve.take<Merge>(size.merges);
+  job.partials = carve.take<float>(size.partials);
+  plan(job, job.items, merges);
+
+  // All at once: whichever thread takes an item, memory is the same from call to call.
+  for (int t = 0; t < ctx.pool.size(); ++t) ctx.workspace<std::byte>(t, static_cast<size_t>(size.workspace));
+
+  const auto run = [&](int64_t index, int thread) {
+    const Item& item = job.items[index];
+    if (job.streams(item))
+      streaming_item(ctx, job, item, thread);
+    else
+      blocked_item(ctx, job, item, thread);
+  };
+  ctx.pool.parallel_for(size.items, std::ref(run));
+  const auto merge = [&](int64_t index, int) { merge_chunks(job, merges[index]); };
+  ctx.pool.parallel_for(size.merges, std::ref(merge));
+}
+
+}  // namespace lacuna::cpu

@@ -1,0 +1,59 @@
+// Attention on the CPU: what attention.cc calls once it has checked the operands.
+#pragma once
+
+#include <atomic>
+
+#include "kernels/attention.h"
+#include "kernels/cpu/attention_ops.h"
+
+namespace lacuna::cpu {
+
+// 2^x is what the vectors compute, so scores are scaled by log2(e) as well.
+inline constexpr float kLog2e = 1.44269504088896341f;
+
+inline constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+enum class KvPart { kKeys, kValues };
+
+struct KvStretch {
+  const std::byte* codes = nullptr;
+  const float* scales = nullptr;  // null unless int8
+  int64_t count = 0;
+};
+
+// The longest stretch from `slot` on that lies in one page and ends before `end`.
+inline KvStretch stretch(const KvLayout& l, const KvHeadView& head, KvPart part, int64_t slot, int64_t end) {
+  const int64_t page = slot / l.page_slots, at = slot % l.page_slots;
+  const std::byte* base = head.pages[page];
+  const bool keys = part == KvPart::kKeys;
+  KvStretch s;
+  s.codes = base + (keys ? l.k_offset() : l.v_offset()) +
+            static_cast<size_t>(at) * static_cast<size_t>(l.head_dim) * dtype_size(l.dtype);
+  if (l.dtype == DType::kI8)
+    s.scales = reinterpret_cast<const float*>(base + (keys ? l.k_scale_offset() : l.v_scale_offset())) + at;
+  s.count = l.page_slots - at < end - slot ? l.page_slots - at : end - slot;
+  return s;
+}
+
+// Slots [begin, end) of a head as kKeyTile element rows of stride ld, zero beyond end - begin.
+void load_tile_rows(const TileOps& ops, const KvLayout& layout, const KvHeadView& head, KvPart part, int64_t begin,
+                    int64_t end, void* rows, int64_t ld);
+
+// The first slot of a head, from `from` on, that a query at `position` sees through a window (0 = all).
+int64_t first_visible(const KvLayout& layout, const KvHeadView& head, int64_t from, int64_t position, int64_t window);
+
+// What was really done; added to by all threads.
+struct AttentionCounts {
+  std::atomic<int64_t> pairs{0};  // query rows x visible slots
+};
+
+void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
+               std::span<const AttentionSequence> seqs, AttentionCounts& counts);
+void window_attention(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t w, int r,
+                      int64_t q_stride, int64_t first_position, float scale, int64_t window, float* probs,
+                      AttentionCounts& counts);
+void attention_column_sums(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t tokens,
+                           int r, int64_t q_stride, int64_t first_position, float scale, int64_t window, float* sums,
+                           AttentionCounts& counts);
+
+}  // namespace lacuna::cpu

@@ -1,0 +1,91 @@
+// The vector bodies that attention is built from, one table for each ISA level. The drivers
+// (attention_cpu.cc, attention_scores.cc, kv_pages.cc) hold the loops over heads, tiles and pages and
+// are compiled once; each table entry does thousands of operations a call.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cpu/isa.h"
+#include "tensor/dtype.h"
+
+namespace lacuna::cpu {
+
+// Keys in a tile of the blocked path. The tile's packed K and V (2 * 128 * 64 * 4 B = 64 KB at d = 64)
+// stay in L2 (1 MB), one panel of them in L1, and a row block's scores (48 * 128 * 4 B = 24 KB) in L1.
+inline constexpr int kKeyTile = 128;
+// Query rows whose scores are alive at a time: a multiple of every register tile's row count.
+inline constexpr int kRowBlock = 48;
+// Vector stores may run past a row's end up to here; row strides are multiples of it.
+inline constexpr int kPad = 32;
+
+// Rows of scores -> unnormalised probabilities, one online-softmax step.
+struct SoftmaxStep {
+  const float* scores;    // [rows] of stride `ld`, before scaling
+  int64_t ld;
+  int rows;
+  const int32_t* begin;   // [rows] columns [begin, end) are visible
+  const int32_t* end;
+  int from, to;           // columns that are written to p; multiples of kPad
+  float scale;            // of the scores, times log2(e)
+  float* max;             // [rows] running maximum of scale * score, -inf before the first step
+  float* sum;             // [rows] running sum of p
+  float* shrink;          // [rows] out: factor for what was accumulated before this step
+  void* p;                // [rows] of stride `ld`: f32 (may be `scores`) or bf16, 0 where not visible
+};
+
+// Matrix products of a tile. Operand elements are f32, or bf16 in pairs. The packed operand is made of
+// panels of `panel` columns, [k][panel] each (bf16: [k / 2][panel][2]), so that a register tile reads
+// it in one stream.
+struct TileOps {
+  int element;  // bytes of an operand element
+  int panel;    // columns of a panel
+  // `count` rows of d codes (with a scale a row for int8) -> element rows of stride ld, zero beyond d.
+  void (*rows)(DType dtype, const void* codes, const float* scales, int64_t count, int d, void* out, int64_t ld);
+  // Element rows [kKeyTile, ld] -> K panels: columns are keys, k runs over d.
+  void (*pack_keys)(const void* rows, int64_t ld, int d, void* out);
+  // Element rows [kKeyTile, ld] -> V panels: columns are head dimensions, k runs over keys.
+  void (*pack_values)(const void* rows, int64_t ld, int d, void* out);
+  // c [rows, columns] = a [rows, k] b
+  void (*scores)(const void* a, int64_t lda, const void* b, int k, int rows, int columns, float* c, int64_t ldc);
+  // c [rows, d] = shrink[row] * c + a [rows, k] b, where a and b start `from` into the key tile.
+  void (*values)(const void* a, int64_t lda, const void* b, int from, int k, int rows, int d, const float* shrink,
+                 float* c, int64_t ldc);
+  void (*softmax)(const SoftmaxStep& step);
+
+  // Elements of a key in the packed panels: pairs fill up an odd d.
+  int64_t key_depth(int d) const { return element == 2 ? (d + 1) / 2 * 2 : d; }
+};
+
+struct AttentionOps {
+  TileOps f32;
+  const TileOps* bf16;  // null where the ISA has no bf16 dot product
+
+  // The streaming path (decode): scores[row, i] = q[row] . key[i], for `count` keys as they lie in a
+  // page. `next` is where the next part to be read starts (null: nowhere), for prefetching.
+  void (*stream_scores)(DType dtype, const void* codes, const float* scales, int count, int d, const float* q,
+                        int64_t ldq, int rows, float* scores, int64_t ld, const void* next);
+  // out[row] += sum over i of p[row, i] * value[i]
+  void (*stream_values)(DType dtype, const void* codes, const float* scales, int count, int d, const float* p,
+                        int64_t ld, int rows, float* out, int64_t ld_out, const void* next);
+  // y = x * factor, y += x * factor
+  void (*scale_row)(const float* x, float factor, int64_t count, float* y);
+  void (*add_row)(const float* x, float factor, int64_t count, float* y);
+  // f32 row -> codes; returns the int8 scale (0 for other dtypes).
+  float (*encode_row)(const float* x, int d, DType dtype, void* codes);
+  // p[i] = 2^(scores[i] * scale - max) for i in [0, count), which may be in place; returns their sum.
+  float (*exponentials)(const float* scores, int64_t count, float scale, float max, float* p);
+  // sums[i] += 2^(scores[i] * scale - max) * factor
+  void (*add_exponentials)(const float* scores, int64_t count, float scale, float max, float factor, float* sums);
+  float (*max_of)(const float* x, int64_t count);
+};
+
+const AttentionOps& attention_ops_portable();
+#if defined(__x86_64__)
+const AttentionOps& attention_ops_avx2();
+const AttentionOps& attention_ops_avx512();
+const AttentionOps& attention_ops_avx512_bf16();
+#endif
+const AttentionOps& attention_ops(Isa isa);
+
+}  // namespace lacuna::cpu

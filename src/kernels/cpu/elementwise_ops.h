@@ -1,0 +1,26 @@
+// The vector bodies of the elementwise ops, a row at a time, one table for each ISA level.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/isa.h"
+
+namespace lacuna::cpu {
+
+struct ElementwiseOps {
+  // y = x * rsqrt(mean(x^2) + eps) * weight; may be in place.
+  void (*rms_norm)(const float* x, int64_t d, const float* weight, float eps, float* y);
+  // out = gate / (1 + e^-gate) * up; may be in place.
+  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);
+  // Rotates the pairs (i, i + half) of one head.
+  void (*rope)(float* x, int64_t half, const float* cosine, const float* sine);
+};
+
+const ElementwiseOps& elementwise_ops_portable();
+#if defined(__x86_64__)
+const ElementwiseOps& elementwise_ops_avx2();
+const ElementwiseOps& elementwise_ops_avx512();
+#endif
+const ElementwiseOps& elementwise_ops(Isa isa);
+
+}  // namespace lacuna::cpu

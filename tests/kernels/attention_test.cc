@@ -1,0 +1,445 @@
+#include "kernels/attention.h"
+
+#include <gtest/gtest.h>
+#include <rapidcheck.h>
+
+#include "base/error.h"
+#include "kernels/kv_fixture.h"
+
+namespace lacuna {
+namespace {
+
+using testing::exact_attention;
+using testing::exact_rows;
+using testing::Head;
+using testing::isa_levels;
+using testing::max_error;
+using testing::normals;
+using testing::random_head;
+
+#define FOR_EACH_ISA(level)                                               \
+  for (const Isa level : isa_levels())                                    \
+    if (const ScopedIsa held(level); true)                                \
+      if (const ::testing::ScopedTrace where(__FILE__, __LINE__, isa_name(level)); true)
+
+struct Engine {
+  explicit Engine(int threads = 2, ActivationType activations = ActivationType::kF32) : ctx(memory, threads) {
+    ctx.activations = activations;
+  }
+  MemoryAccount memory;
+  Context ctx;
+};
+
+struct Sequence {
+  std::vector<Head> heads;
+  std::vector<KvHeadView> views;
+  std::vector<float> q, out;
+  int64_t tokens = 0, first_position = 0;
+
+  Sequence(const KvLayout& layout, std::vector<int64_t> old, int group, int64_t new_tokens, int64_t first, uint32_t seed)
+      : tokens(new_tokens), first_position(first) {
+    for (size_t g = 0; g < old.size(); ++g)
+      heads.push_back(random_head(layout, old[g], tokens, first, seed + static_cast<uint32_t>(g) * 100));
+    for (const Head& h : heads) views.push_back(h.view());
+    q = normals(static_cast<size_t>(tokens) * old.size() * static_cast<size_t>(group * layout.head_dim), seed + 50);
+    out.assign(q.size(), -7.0f);
+  }
+  AttentionSequence call() { return {q.data(), out.data(), tokens, first_position, views.data()}; }
+};
+
+AttentionShape shape_of(int kv_heads, int group, int d, int64_t window = 0) {
+  return {kv_heads * group, kv_heads, 1.0f / std::sqrt(static_cast<float>(d)), window, 0, 0};
+}
+
+void run(Engine& e, const KvLayout& layout, const AttentionShape& shape, Sequence& s) {
+  const AttentionSequence call = s.call();
+  attention(e.ctx, layout, shape, {&call, 1});
+}
+
+double error_of(const KvLayout& layout, const AttentionShape& shape, const Sequence& s) {
+  const auto exact = exact_attention(s.heads, layout.head_dim, shape.query_heads / shape.kv_heads, s.q.data(), s.tokens,
+                                     s.first_position, shape.scale, shape.window);
+  return max_error(s.out, exact);
+}
+
+double max_value(const Sequence& s) {
+  double m = 0;
+  for (const Head& h : s.heads)
+    for (const double x : h.v) m = std::max(m, std::fabs(x));
+  return m;
+}
+
+const std::vector<DType> kCacheTypes = {DType::kF32, DType::kBF16, DType::kI8};
+const std::vector<int> kHeadDims = {8, 16, 24, 40, 64, 80, 96, 128, 200, 256, 7, 33};
+
+TEST(Attention, MatchesDoubleForRandomShapes) {
+  FOR_EACH_ISA(isa) {
+    EXPECT_TRUE(rc::check([] {
+      KvLayout layout;
+      layout.dtype = *rc::gen::elementOf(kCacheTypes);
+      layout.head_dim = *rc::gen::elementOf(kHeadDims);
+      layout.page_slots = *rc::gen::element(4, 16, 32, 48);
+      const int group = *rc::gen::inRange(1, 9), kv_heads = *rc::gen::inRange(1, 4);
+      const auto tokens = *rc::gen::oneOf(rc::gen::inRange<int64_t>(1, 5), rc::gen::inRange<int64_t>(1, 90));
+      std::vector<int64_t> old;
+      for (int g = 0; g < kv_heads; ++g) old.push_back(*rc::gen::inRange<int64_t>(0, 400));
+      const int64_t window = *rc::gen::element<int64_t>(0, 0, 1, 30, 200);
+      Sequence s(layout, old, group, tokens, 500, *rc::gen::arbitrary<uint32_t>() / 2);
+      const auto shape = shape_of(kv_heads, group, layout.head_dim, window);
+      Engine f32;
+      run(f32, layout, shape, s);
+      RC_ASSERT(error_of(layout, shape, s) <= 1e-5);
+      Engine bf16(2, ActivationType::kBF16);
+      run(bf16, layout, shape, s);
+      RC_ASSERT(error_of(layout, shape, s) <= 1e-2 * max_value(s));
+    }));
+  }
+}
+
+TEST(Attention, LongHeadsAreSplitAndMerged) {
+  FOR_EACH_ISA(isa) {
+    for (const DType dtype : kCacheTypes)
+      for (const int64_t tokens : {1, 4, 30}) {
+        const KvLayout layout{dtype, 64, 32};
+        Sequence s(layout, {5000, 1021, 3}, 3, tokens, 9000, 11);
+        Engine e;
+        for (const int64_t window : {0, 1500, 8000}) {
+          const auto shape = shape_of(3, 3, 64, window);
+          run(e, layout, shape, s);
+          EXPECT_LE(error_of(layout, shape, s), 1e-5) << tokens << " tokens, window " << window;
+        }
+      }
+  }
+}
+
+TEST(Attention, LargeScoresDoNotOverflow) {
+  const KvLayout layout{DType::kF32, 64, 32};
+  Sequence s(layout, {300}, 2, 40, 300, 5);
+  for (float& x : s.q) x *= 300;
+  auto shape = shape_of(1, 2, 64);
+  FOR_EACH_ISA(isa) {
+    for (const int64_t tokens : {int64_t{40}, int64_t{1}}) {
+      Sequence t(layout, {300}, 2, tokens, 300, 5);
+      for (float& x : t.q) x *= 300;
+      Engine e;
+      run(e, layout, shape, t);
+      // Scores near 2000 hold 1e-4 in f32; so do the exponents, and the probabilities.
+      EXPECT_LE(error_of(layout, shape, t), 2e-3);
+    }
+  }
+}
+
+TEST(Attention, ChunkedPrefillEqualsOneCall) {
+  const KvLayout layout{DType::kBF16, 64, 32};
+  for (const int64_t window : {0, 150}) {
+    const auto shape = shape_of(2, 3, 64, window);
+    Sequence whole(layout, {0, 0}, 3, 700, 0, 3);
+    FOR_EACH_ISA(isa) {
+      Engine e;
+      run(e, layout, shape, whole);
+      std::vector<float> chunked(whole.q.size());
+      for (int64_t t = 0; t < whole.tokens;) {
+        const int64_t n = std::min<int64_t>(t == 0 ? 333 : t < 500 ? 100 : 1, whole.tokens - t);
+        std::vector<KvHeadView> views = whole.views;
+        for (KvHeadView& v : views) v.length = t + n;
+        const AttentionSequence call{&whole.q[static_cast<size_t>(t * 384)], &chunked[static_cast<size_t>(t * 384)], n, t,
+                                     views.data()};
+        attention(e.ctx, layout, shape, {&call, 1});
+        t += n;
+      }
+      for (size_t i = 0; i < chunked.size(); ++i) ASSERT_NEAR(chunked[i], whole.out[i], 1e-5) << i;
+    }
+  }
+}
+
+TEST(Attention, SameBitsForAnyThreadsAndAnyCompany) {
+  for (const DType dtype : kCacheTypes)
+    for (const ActivationType activations : {ActivationType::kF32, ActivationType::kBF16}) {
+      const KvLayout layout{dtype, 64, 32};
+      const auto shape = shape_of(2, 4, 64);
+      std::vector<Sequence> batch;
+      batch.emplace_back(layout, std::vector<int64_t>{2500, 40}, 4, 1, 5000, 1);
+      batch.emplace_back(layout, std::vector<int64_t>{0, 0}, 4, 300, 0, 2);
+      batch.emplace_back(layout, std::vector<int64_t>{7, 3000}, 4, 3, 4000, 3);
+      batch.emplace_back(layout, std::vector<int64_t>{0, 1}, 4, 1, 1, 4);
+      batch.emplace_back(layout, std::vector<int64_t>{2000, 2000}, 4, 25, 2000, 5);
+      std::vector<std::vector<float>> alone;
+      Engine one(1, activations), three(3, activations);
+      for (Sequence& s : batch) {
+        run(one, layout, shape, s);
+        alone.push_back(s.out);
+        s.out.assign(s.out.size(), 0);
+      }
+      std::vector<AttentionSequence> calls;
+      for (Sequence& s : batch) calls.push_back(s.call());
+      attention(three.ctx, layout, shape, calls);
+      for (size_t i = 0; i < batch.size(); ++i) EXPECT_EQ(batch[i].out, alone[i]) << "sequence " << i;
+    }
+}
+
+TEST(Attention, StridedRowsAndEmptySequences) {
+  const KvLayout layout{DType::kF32, 16, 32};
+  auto shape = shape_of(1, 2, 16);
+  Sequence s(layout, {60}, 2, 20, 60, 9);
+  Engine e;
+  run(e, layout, shape, s);
+  std::vector<float> q(20 * 50, 9.0f), out(20 * 40, -3.0f);
+  for (int64_t t = 0; t < 20; ++t) std::copy_n(&s.q[static_cast<size_t>(t * 32)], 32, &q[static_cast<size_t>(t * 50)]);
+  shape.q_stride = 50;
+  shape.out_stride = 40;
+  const AttentionSequence calls[] = {{}, {q.data(), out.data(), 20, 60, s.views.data()}};
+  attention(e.ctx, layout, shape, calls);
+  for (int64_t t = 0; t < 20; ++t) {
+    for (int64_t c = 0; c < 32; ++c)
+      ASSERT_EQ(out[static_cast<size_t>(t * 40 + c)], s.out[static_cast<size_t>(t * 32 + c)]);
+    for (int64_t c = 32; c < 40; ++c) ASSERT_EQ(out[static_cast<size_t>(t * 40 + c)], -3.0f);
+  }
+}
+
+TEST(Attention, HotLoopsAllocateNothingNew) {
+  const KvLayout layout{DType::kI8, 64, 32};
+  const auto shape = shape_of(2, 3, 64);
+  Sequence s(layout, {3000, 100}, 3, 1, 3000, 9);
+  Engine e;
+  run(e, layout, shape, s);
+  const size_t held = e.memory.now(MemoryTag::kScratch);
+  e.memory.set_limit(MemoryTag::kScratch, held);
+  run(e, layout, shape, s);
+  EXPECT_EQ(e.memory.peak(MemoryTag::kScratch), held);
+}
+
+class Records : public TraceSink {
+ public:
+  void record(const OpRecord& r) override { all.push_back(r); }
+  std::vector<OpRecord> all;
+};
+
+TEST(Attention, ReportsWhatItRead) {
+  const KvLayout layout{DType::kI8, 64, 32};
+  Sequence s(layout, {100, 10}, 3, 5, 100, 9);
+  Engine e;
+  Records records;
+  e.ctx.trace = &records;
+  e.ctx.layer = 6;
+  run(e, layout, shape_of(2, 3, 64), s);
+  run(e, layout, shape_of(2, 3, 64, 4), s);
+  ASSERT_EQ(records.all.size(), 2u);
+  const OpRecord& r = records.all[0];
+  EXPECT_EQ(r.kind, OpKind::kAttention);
+  EXPECT_EQ(r.layer, 6);
+  EXPECT_EQ(r.m, 5 * 6);
+  EXPECT_EQ(r.n, 105);
+  EXPECT_EQ(r.k, 64);
+  const int64_t pairs = 5 * 100 + 15 + 5 * 10 + 15;
+  EXPECT_EQ(r.macs, pairs * 3 * 2 * 64);
+  EXPECT_EQ(r.kv_read_bytes, (105 + 15) * 2 * (64 + 4));
+  EXPECT_EQ(r.activation_bytes, 2 * 5 * 6 * 64 * 4);
+  // Positions 97 … 104 are in reach of the first query (100), as far as the heads still hold them.
+  int64_t in_reach = 0;
+  for (const Head& h : s.heads)
+    for (const int32_t p : h.positions) in_reach += p > 96;
+  EXPECT_EQ(records.all[1].kv_read_bytes, in_reach * 2 * (64 + 4));
+}
+
+TEST(Attention, RefusesWhatItCannotDo) {
+  const KvLayout layout{DType::kF32, 16, 32};
+  Sequence s(layout, {10}, 2, 2, 10, 1);
+  Engine e;
+  const auto good = shape_of(1, 2, 16);
+  const auto with = [&](auto change) {
+    AttentionShape shape = good;
+    change(shape);
+    run(e, layout, shape, s);
+  };
+  EXPECT_THROW(with([](auto& x) { x.query_heads = 0; }), BadInput);
+  EXPECT_THROW(with([](auto& x) { x.kv_heads = 3; }), BadInput);
+  EXPECT_THROW(with([](auto& x) { x.scale = 0; }), BadInput);
+  EXPECT_THROW(with([](auto& x) { x.scale = NAN; }), BadInput);
+  EXPECT_THROW(with([](auto& x) { x.window = -1; }), BadInput);
+  EXPECT_THROW(with([](auto& x) { x.q_stride = 31; }), BadInput);
+  EXPECT_THROW(with([](auto& x) { x.out_stride = 1; }), BadInput);
+  KvLayout f16 = layout;
+  f16.dtype = DType::kF16;
+  EXPECT_THROW(run(e, f16, good, s), Unsupported);
+  KvLayout no_dim = layout;
+  no_dim.head_dim = 0;
+  EXPECT_THROW(run(e, no_dim, good, s), BadInput);
+  AttentionSequence call = s.call();
+  call.tokens = 13;
+  EXPECT_THROW(attention(e.ctx, layout, good, {&call, 1}), BadInput);
+  call = s.call();
+  call.q = nullptr;
+  EXPECT_THROW(attention(e.ctx, layout, good, {&call, 1}), BadInput);
+  call = s.call();
+  call.first_position = int64_t{1} << 31;
+  EXPECT_THROW(attention(e.ctx, layout, good, {&call, 1}), BadInput);
+  try {
+    with([](auto& x) { x.q_stride = 31; });
+  } catch (const BadInput& error) {
+    EXPECT_STREQ(error.what(), "attention: q_stride is 31; a row has 32 elements");
+  }
+}
+
+// ---- scores for eviction --------------------------------------------------------------------------
+
+TEST(WindowAttention, MatchesDoubleForRandomShapes) {
+  FOR_EACH_ISA(isa) {
+    EXPECT_TRUE(rc::check([] {
+      const KvLayout layout{*rc::gen::elementOf(kCacheTypes), *rc::gen::elementOf(kHeadDims), *rc::gen::element(16, 32)};
+      const int d = layout.head_dim, r = *rc::gen::inRange(1, 6);
+      const auto w = *rc::gen::inRange<int64_t>(1, 70), old = *rc::gen::inRange<int64_t>(0, 500);
+      const int64_t window = *rc::gen::element<int64_t>(0, 0, 1, 100), stride = r * d + 5;
+      const Head head = random_head(layout, old, w, 600, *rc::gen::arbitrary<uint32_t>() / 2);
+      const auto q = normals(static_cast<size_t>(w * stride), 8);
+      std::vector<float> probs(static_cast<size_t>(r * w * head.length()), -1.0f);
+      const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+      Engine e(2, ActivationType::kBF16);
+      window_attention(e.ctx, layout, head.view(), q.data(), w, r, stride, 600, scale, window, probs.data());
+      for (int j = 0; j < r; ++j) {
+        const auto exact = exact_rows(head, d, &q[static_cast<size_t>(j * d)], w, stride, 600, scale, window);
+        const auto n = static_cast<size_t>(w * head.length());
+        const std::vector<float> got(probs.begin() + static_cast<int64_t>(n) * j,
+                                     probs.begin() + static_cast<int64_t>(n) * (j + 1));
+        RC_ASSERT(max_error(got, exact) <= 2e-6);
+        for (size_t i = 0; i < n; ++i)
+          if (exact[i] == 0) RC_ASSERT(got[i] == 0);
+      }
+    }));
+  }
+}
+
+TEST(ColumnSums, MatchDoubleAndAccumulate) {
+  FOR_EACH_ISA(isa) {
+    EXPECT_TRUE(rc::check([] {
+      const KvLayout layout{*rc::gen::elementOf(kCacheTypes), *rc::gen::elementOf(kHeadDims), 32};
+      const int d = layout.head_dim, r = *rc::gen::inRange(1, 4);
+      const auto tokens = *rc::gen::inRange<int64_t>(1, 500), old = *rc::gen::inRange<int64_t>(0, 200);
+      const int64_t window = *rc::gen::element<int64_t>(0, 0, 60), stride = r * d;
+      const Head head = random_head(layout, old, tokens, 300, *rc::gen::arbitrary<uint32_t>() / 2);
+      const int64_t n = head.length();
+      const auto q = normals(static_cast<size_t>(tokens * stride), 8);
+      const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+      std::vector<float> sums(static_cast<size_t>(r * n), 2.0f), again = sums;
+      Engine two(2), one(1);
+      attention_column_sums(two.ctx, layout, head.view(), q.data(), tokens, r, 0, 300, scale, window, sums.data());
+      attention_column_sums(one.ctx, layout, head.view(), q.data(), tokens, r, 0, 300, scale, window, again.data());
+      RC_ASSERT(sums == again);
+      for (int j = 0; j < r; ++j) {
+        const auto exact = exact_rows(head, d, &q[static_cast<size_t>(j * d)], tokens, stride, 300, scale, window);
+        for (int64_t i = 0; i < n; ++i) {
+          double column = 2;
+          for (int64_t t = 0; t < tokens; ++t) column += exact[static_cast<size_t>(t * n + i)];
+          RC_ASSERT(std::fabs(sums[static_cast<size_t>(j * n + i)] - column) <= 1e-5 * (1 + column));
+        }
+      }
+    }));
+  }
+}
+
+// ---- cache rows -----------------------------------------------------------------------------------
+
+TEST(KvAppend, WritesTheExactCodes) {
+  FOR_EACH_ISA(isa) {
+    EXPECT_TRUE(rc::check([] {
+      const KvLayout layout{*rc::gen::elementOf(kCacheTypes), *rc::gen::elementOf(kHeadDims), *rc::gen::element(4, 32)};
+      const auto d = static_cast<size_t>(layout.head_dim);
+      const auto tokens = *rc::gen::inRange<int64_t>(1, 150);
+      const int kv_heads = *rc::gen::inRange(1, 4);
+      const auto stride = static_cast<int64_t>(d) * kv_heads + *rc::gen::element(0, 3);
+      const auto seed = *rc::gen::arbitrary<uint32_t>() / 2;
+      auto k = normals(static_cast<size_t>(tokens * stride), seed), v = normals(k.size(), seed + 1);
+      std::fill_n(k.begin(), d, 0.0f);                        // an all-zero row
+      for (size_t i = 0; i < d; ++i) v[i] = 1e-41f * v[i];    // subnormal
+      std::vector<Head> expected, got;
+      std::vector<KvHeadView> views;
+      for (int g = 0; g < kv_heads; ++g) {
+        expected.push_back(random_head(layout, 9 * g, 0, 60, seed));
+        Head head(layout, 9 * g + tokens), want(layout, 9 * g + tokens);
+        for (int64_t i = 0; i < expected.back().length(); ++i) {
+          std::vector<float> row(d, static_cast<float>(i));
+          head.push(row.data(), row.data(), static_cast<int32_t>(i));
+          want.push(row.data(), row.data(), static_cast<int32_t>(i));
+        }
+        views.push_back(head.view());
+        const auto offset = static_cast<size_t>(g) * d;
+        for (int64_t t = 0; t < tokens; ++t)
+          want.push(&k[static_cast<size_t>(t * stride) + offset], &v[static_cast<size_t>(t * stride) + offset],
+                    static_cast<int32_t>(1000 + t));
+        expected.back() = std::move(want);
+        got.push_back(std::move(head));
+      }
+      Engine e;
+      kv_append(e.ctx, layout, views.data(), kv_heads, k.data(), v.data(), tokens, 1000, stride);
+      for (size_t g = 0; g < got.size(); ++g)
+        for (int64_t i = 0; i < expected[g].length(); ++i) RC_ASSERT(got[g].slot_bytes(i) == expected[g].slot_bytes(i));
+    }));
+  }
+}
+
+TEST(KvRead, GivesTheDecodedRows) {
+  FOR_EACH_ISA(isa) {
+    for (const DType dtype : kCacheTypes)
+      for (const int d : kHeadDims) {
+        const KvLayout layout{dtype, d, 16};
+        const Head head = random_head(layout, 200, 0, 400, 4);
+        std::vector<float> k(static_cast<size_t>(150 * d)), v(k.size());
+        Engine e;
+        kv_read(e.ctx, layout, head.view(), 37, 187, k.data(), v.data());
+        std::vector<float> k_only(k.size());
+        kv_read(e.ctx, layout, head.view(), 37, 187, k_only.data(), nullptr);
+        for (size_t i = 0; i < k.size(); ++i) {
+          ASSERT_EQ(k[i], static_cast<float>(head.k[static_cast<size_t>(37 * d) + i]));
+          ASSERT_EQ(v[i], static_cast<float>(head.v[static_cast<size_t>(37 * d) + i]));
+        }
+        EXPECT_EQ(k, k_only);
+      }
+  }
+}
+
+TEST(KvCompact, MovesSlotsBitForBitInPlace) {
+  EXPECT_TRUE(rc::check([] {
+    const KvLayout layout{*rc::gen::elementOf(kCacheTypes), *rc::gen::elementOf(kHeadDims), *rc::gen::element(4, 32)};
+    const auto n = *rc::gen::inRange<int64_t>(0, 300);
+    const Head head = random_head(layout, n, 0, 400, *rc::gen::arbitrary<uint32_t>() / 2);
+    const int share = *rc::gen::element(0, 5, 50, 95, 100);
+    std::mt19937 rng(*rc::gen::arbitrary<uint32_t>());
+    std::vector<int32_t> keep;
+    std::vector<std::vector<std::byte>> expected;
+    for (int64_t i = 0; i < n; ++i)
+      if (static_cast<int>(rng() % 100) < share) {
+        keep.push_back(static_cast<int32_t>(i));
+        expected.push_back(head.slot_bytes(i));
+      }
+    Engine e;
+    Records records;
+    e.ctx.trace = &records;
+    kv_compact(e.ctx, layout, head.view(), keep);
+    for (size_t i = 0; i < keep.size(); ++i) RC_ASSERT(head.slot_bytes(static_cast<int64_t>(i)) == expected[i]);
+    RC_ASSERT(records.all.at(0).kv_tokens_kept == static_cast<int64_t>(keep.size()));
+    RC_ASSERT(records.all.at(0).kv_tokens_evicted == n - static_cast<int64_t>(keep.size()));
+  }));
+}
+
+TEST(KvPages, RefuseBadRequests) {
+  const KvLayout layout{DType::kF32, 16, 32};
+  const Head head = random_head(layout, 20, 0, 30, 4);
+  const KvHeadView view = head.view();
+  Engine e;
+  std::vector<float> rows(64 * 16);
+  const auto keep = [&](std::vector<int32_t> slots) { kv_compact(e.ctx, layout, view, slots); };
+  EXPECT_THROW(keep({3, 3}), BadInput);
+  EXPECT_THROW(keep({4, 1}), BadInput);
+  EXPECT_THROW(keep({-1}), BadInput);
+  EXPECT_THROW(keep({20}), BadInput);
+  EXPECT_THROW(kv_read(e.ctx, layout, view, 0, 21, rows.data(), nullptr), BadInput);
+  EXPECT_THROW(kv_read(e.ctx, layout, view, 5, 4, rows.data(), nullptr), BadInput);
+  EXPECT_THROW(kv_append(e.ctx, layout, &view, 1, rows.data(), rows.data(), 2, 0, 15), BadInput);
+  EXPECT_THROW(kv_append(e.ctx, layout, &view, 0, rows.data(), rows.data(), 2, 0), BadInput);
+  EXPECT_THROW(kv_append(e.ctx, layout, &view, 1, nullptr, rows.data(), 2, 0), BadInput);
+  EXPECT_THROW(window_attention(e.ctx, layout, view, rows.data(), 21, 1, 0, 0, 1.0f, 0, rows.data()), BadInput);
+  EXPECT_THROW(window_attention(e.ctx, layout, view, rows.data(), 2, 0, 0, 0, 1.0f, 0, rows.data()), BadInput);
+  EXPECT_THROW(attention_column_sums(e.ctx, layout, view, nullptr, 2, 1, 0, 0, 1.0f, 0, rows.data()), BadInput);
+}
+
+}  // namespace
+}  // namespace lacuna

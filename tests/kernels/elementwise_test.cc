@@ -1,0 +1,126 @@
+#include "kernels/elementwise.h"
+
+#include <gtest/gtest.h>
+#include <rapidcheck.h>
+
+#include "base/error.h"
+#include "kernels/kv_fixture.h"
+
+namespace lacuna {
+namespace {
+
+using testing::isa_levels;
+using testing::normals;
+
+struct Engine {
+  explicit Engine(int threads = 2) : ctx(memory, threads) {}
+  MemoryAccount memory;
+  Context ctx;
+};
+
+TEST(RmsNorm, MatchesDouble) {
+  for (const Isa isa : isa_levels()) {
+    const ScopedIsa held(isa);
+    EXPECT_TRUE(rc::check([] {
+      const auto m = *rc::gen::inRange<int64_t>(1, 40), d = *rc::gen::inRange<int64_t>(1, 700);
+      const int64_t stride = d + *rc::gen::element(0, 9);
+      auto x = normals(static_cast<size_t>(m * stride), 1);
+      const auto weight = normals(static_cast<size_t>(d), 2);
+      auto y = x;
+      Engine e, one(1);
+      rms_norm(e.ctx, x.data(), m, d, weight.data(), 1e-6f, y.data(), stride);
+      for (int64_t i = 0; i < m; ++i) {
+        double squares = 0;
+        for (int64_t c = 0; c < d; ++c) squares += std::pow(x[static_cast<size_t>(i * stride + c)], 2.0);
+        const double f = 1 / std::sqrt(squares / static_cast<double>(d) + 1e-6);
+        for (int64_t c = 0; c < d; ++c) {
+          const auto at = static_cast<size_t>(i * stride + c);
+          const double expected = x[at] * f * weight[static_cast<size_t>(c)];
+          RC_ASSERT(std::fabs(y[at] - expected) <= 2e-6 * (std::fabs(expected) + 1e-6));
+        }
+      }
+      rms_norm(one.ctx, x.data(), m, d, weight.data(), 1e-6f, x.data(), stride);  // in place
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t c = 0; c < d; ++c)
+          RC_ASSERT(x[static_cast<size_t>(i * stride + c)] == y[static_cast<size_t>(i * stride + c)]);
+    }));
+  }
+}
+
+TEST(SiluMul, MatchesDoubleOverTheWholeRange) {
+  for (const Isa isa : isa_levels()) {
+    const ScopedIsa held(isa);
+    std::vector<float> gate, up;
+    for (float x = -200; x < 200; x += 0.037f) gate.push_back(x);
+    for (const float x : {0.0f, -0.0f, 1e-30f, -1e-30f, 2e38f, -3e38f}) gate.push_back(x);
+    up.assign(gate.size(), 1.5f);
+    std::vector<float> out(gate.size());
+    Engine e;
+    silu_mul(e.ctx, gate.data(), up.data(), 1, static_cast<int64_t>(gate.size()), out.data());
+    for (size_t i = 0; i < gate.size(); ++i) {
+      const double x = gate[i], expected = 1.5 * x / (1 + std::exp(-x));
+      // Rounding -x log2(e) to f32 costs |x| * 2^-24 of e^-x.
+      EXPECT_NEAR(out[i], expected, (1e-6 + 1e-7 * std::min(std::fabs(x), 90.0f)) * std::fabs(expected) + 3e-36) << x;
+    }
+    silu_mul(e.ctx, gate.data(), up.data(), 1, static_cast<int64_t>(gate.size()), gate.data());
+    EXPECT_EQ(gate, out);
+  }
+}
+
+TEST(SiluMul, TakesHalvesOfOneProduct) {
+  const int64_t m = 50, f = 700;
+  const auto both = normals(static_cast<size_t>(m * 2 * f), 3);
+  std::vector<float> out(static_cast<size_t>(m * f)), again = out;
+  Engine e, one(1);
+  silu_mul(e.ctx, both.data(), both.data() + f, m, f, out.data(), 2 * f);
+  silu_mul(one.ctx, both.data(), both.data() + f, m, f, again.data(), 2 * f);
+  EXPECT_EQ(out, again);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t c = 0; c < f; ++c) {
+      const double g = both[static_cast<size_t>(i * 2 * f + c)], u = both[static_cast<size_t>(i * 2 * f + f + c)];
+      const double expected = g / (1 + std::exp(-g)) * u;
+      ASSERT_NEAR(out[static_cast<size_t>(i * f + c)], expected, 2e-6 * std::fabs(expected) + 1e-12);
+    }
+}
+
+TEST(Rope, MatchesDouble) {
+  for (const Isa isa : isa_levels()) {
+    const ScopedIsa held(isa);
+    for (const int64_t d : {2, 8, 30, 64, 96, 128, 256}) {
+      const int64_t m = 37, heads = 3, stride = heads * d + 4;
+      auto x = normals(static_cast<size_t>(m * stride), 1);
+      const auto before = x;
+      const auto c = normals(static_cast<size_t>(m * d / 2), 2), s = normals(static_cast<size_t>(m * d / 2), 3);
+      Engine e;
+      rope(e.ctx, x.data(), m, heads, d, c.data(), s.data(), stride);
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t h = 0; h < heads; ++h)
+          for (int64_t j = 0; j < d / 2; ++j) {
+            const auto at = static_cast<size_t>(i * stride + h * d + j), other = at + static_cast<size_t>(d / 2);
+            const double a = before[at], b = before[other];
+            const double cc = c[static_cast<size_t>(i * d / 2 + j)], ss = s[static_cast<size_t>(i * d / 2 + j)];
+            ASSERT_NEAR(x[at], a * cc - b * ss, 3e-6);
+            ASSERT_NEAR(x[other], b * cc + a * ss, 3e-6);
+          }
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = heads * d; j < stride; ++j)
+          ASSERT_EQ(x[static_cast<size_t>(i * stride + j)], before[static_cast<size_t>(i * stride + j)]);
+    }
+  }
+}
+
+TEST(Elementwise, RefusesBadRequests) {
+  Engine e;
+  float x[64] = {};
+  EXPECT_THROW(rms_norm(e.ctx, x, 2, 0, x, 1e-6f, x), BadInput);
+  EXPECT_THROW(rms_norm(e.ctx, x, 2, 8, x, 1e-6f, x, 7), BadInput);
+  EXPECT_THROW(rms_norm(e.ctx, nullptr, 2, 8, x, 1e-6f, x), BadInput);
+  EXPECT_THROW(silu_mul(e.ctx, x, x, 2, 8, x, 16), BadInput);
+  EXPECT_THROW(silu_mul(e.ctx, x, x, -1, 8, x), BadInput);
+  EXPECT_THROW(rope(e.ctx, x, 2, 2, 7, x, x), BadInput);
+  EXPECT_THROW(rope(e.ctx, x, 2, 0, 8, x, x), BadInput);
+  rms_norm(e.ctx, nullptr, 0, 8, nullptr, 1e-6f, nullptr);
+}
+
+}  // namespace
+}  // namespace lacuna
