@@ -39,18 +39,20 @@ size_t bytes_of(const KvCacheShape& shape, const CacheSizes& sizes);
 // A hard limit on the cache's bytes, and what else must fit below it.
 struct KvLimit {
   size_t bytes = 0;            // 0 = none
-  size_t used_elsewhere = 0;   // other sequences on the same account
+  size_t used_elsewhere = 0;   // of these, held by other sequences on the same account
   int64_t growth = 0;          // tokens that will be appended to every head before anything is evicted again
+  bool sustained = false;      // eviction happens again after `growth` tokens, for as long as it takes
   bool streaming = true;       // earlier layers shrink while later ones are read
+  CacheSizes stored;           // slots that a head holds while its layer is read, where that is more than `sizes`
 };
 
 struct BudgetPlan {
   bool evict = false;
   bool by_mass = false;
   double mass = 1;
-  int64_t total = 0;  // entries kept in all, windows included; 0 with by_mass
-  int64_t keep = 0;   // K: entries chosen among the candidates
-  size_t peak_bytes = 0;  // bound on the cache's bytes at any moment, growth included
+  int64_t target = 0;  // entries that may stay in all, windows included; may exceed what there is
+  int64_t keep = 0;    // K: entries to choose among the candidates
+  size_t peak_bytes = 0;  // with a limit: a bound on the cache's bytes at any moment, growth included
 };
 
 // What a budget means for a cache of these sizes. Throws BadInput when the budget is below the window

@@ -47,13 +47,16 @@ class Evictor : public LayerObserver {
   EvictionReport report(const SequenceState& state) const;
 
  private:
-  void begin_call(const LayerTap& tap, SequenceState& state);
-  void begin_round(const SequenceState& state, const CacheSizes& sizes);
+  void begin_call(const LayerTap& tap, const SequenceState& state);
+  CacheSizes sizes_after(const SequenceState& state, int64_t first_position, int64_t tokens, bool visible_only) const;
+  void begin_round(CacheSizes sizes, const BudgetPlan& plan);
   void score_layer(int layer, SequenceState& state);
-  void evict_layers(SequenceState& state, bool last);
-  void end_round(SequenceState& state);
+  void add_scores(int layer, LayerScores scores, const SequenceState& state, int64_t next_position);
+  void evict_layers(SequenceState& state);
+  void measure_errors(SequenceState& state);
+  void end_round(const SequenceState& state);
   LayerWitness& witness(int layer);
-  CacheSizes sizes_after(const SequenceState& state, int64_t new_tokens) const;
+  std::vector<int32_t> kept_slots(int layer, int head) const;
 
   Context& ctx_;
   Model& model_;
@@ -62,19 +65,23 @@ class Evictor : public LayerObserver {
   EvictorOptions options_;
   SelectionRule rule_;
   PolicyNeeds needs_;
-  std::shared_ptr<OutputProjections> projections_;
   EvidenceReader reader_;
-  int first_layer_ = -1, last_layer_ = -1;  // of those with attention
+  std::vector<int> attention_layers_;
+  bool streaming_ = true;
+  std::vector<LayerWitness> witnesses_;  // one, or one a layer when later rounds or errors need them
 
   bool planned_ = false, prefilled_ = false;
   BudgetPlan plan_;
-  KvLimit limit_;
-  bool streaming_ = true;
-  std::vector<LayerWitness> witnesses_;   // one, or one a layer when later rounds or errors need them
-  std::unique_ptr<Selection> selection_;  // a round in progress
-  std::vector<std::vector<std::vector<int32_t>>> held_;  // [layer][head] slots, as scored, that the cache still holds
   int64_t tokens_since_round_ = 0;
-  bool round_due_ = false;
+
+  // The round in progress.
+  struct Held {
+    std::vector<int32_t> slots;     // as scored, that the cache still holds
+    int32_t window_begin = 0, end = 0;  // of the slots that always stay
+  };
+  std::unique_ptr<Selection> selection_;
+  double mean_candidates_ = 0;
+  std::vector<std::vector<Held>> held_;  // [layer][head]; empty for layers not scored yet
   EvictionReport report_;
 };
 

@@ -13,6 +13,7 @@ class LayerWitness {
   void reset();
   void observe(Context& ctx, const LayerTap& tap, const AttentionLayer& attention, const KvCache& cache,
                const PolicyNeeds& needs);
+  int64_t next_position() const { return last_position_ + 1; }
 
  private:
   friend class EvidenceReader;
@@ -38,14 +39,22 @@ class EvidenceReader {
  public:
   EvidenceReader(const Model& model, std::shared_ptr<OutputProjections> projections);
 
-  // Evidence for the slots of a head outside the last `window` ones. Valid until the next call.
+  // Evidence about all slots of a head; set_window() says which are candidates. Valid until the next call.
   HeadEvidence read(Context& ctx, const KvCache& cache, int layer, int head, const LayerWitness& witness,
                     const PolicyNeeds& needs, int64_t next_position);
+  // What evicting all slots but `kept` ([KV head], ascending) does to the layer's attention output over the
+  // last queries: its Frobenius norm before, and how far it moves with and without renormalised attention.
+  struct Error {
+    double output_norm = 0, renormalised = 0, plain = 0;
+  };
+  Error error(Context& ctx, const KvCache& cache, int layer, const LayerWitness& witness, int rows,
+              const std::vector<std::vector<int32_t>>& kept);
   // Frobenius norm over the last `rows` queries of the layer's attention output, the bias left out.
   double output_norm(Context& ctx, int layer, const LayerWitness& witness, int rows);
 
  private:
   void read_norms(Context& ctx, int layer, int head, int group, int64_t slots, int head_dim, bool l1);
+  double projected_norm(Context& ctx, int layer, const float* mixed, int64_t rows);
   void read_products(Context& ctx, int layer, int head, int group, int64_t slots, int head_dim);
 
   const Model& model_;
@@ -54,6 +63,9 @@ class EvidenceReader {
   std::vector<int32_t> positions_;
   std::vector<double> query_mean_, query_cov_;
 };
+
+// Leaves the last `window` slots out of the candidates.
+void set_window(HeadEvidence& e, int window);
 
 // Slots of a head that later tokens can still see: those of a sliding window that have left it are
 // no candidates and are dropped whatever their score.

@@ -47,6 +47,7 @@ struct HeadEvidence {
   const float* products = nullptr;     // [r (r+1) / 2, slots], pairs (0,0) (0,1) … (1,1) …, h <= h'
   const float* column_sums = nullptr;  // [r, slots]
   const float* observers = nullptr;    // [slots] queries that could see the slot
+  const float* replayed = nullptr;     // [slots] largest attention from any replayed query and head of the group
   const double* query_mean = nullptr;  // [r, d] before RoPE
   const double* query_cov = nullptr;   // [r, d, d]
   const float* inv_freq = nullptr;     // [d / 2]
@@ -63,10 +64,11 @@ struct HeadEvidence {
 };
 
 // Scores of one KV head's candidates. `slot` is the index in the head's cache when it was scored.
-// `second` belongs to policies that choose in two stages.
 struct HeadScores {
   std::vector<int32_t> slot, position;
-  std::vector<float> score, second;
+  std::vector<float> score;
+  std::vector<float> second;  // of policies that choose in two stages
+  std::vector<float> weight;  // between score() and finish_layer(): what is compared across heads
 };
 
 struct LayerScores {
@@ -74,6 +76,7 @@ struct LayerScores {
   double total = 0;        // sum of the scores of all candidates, before anything was dropped
   float peak = 0;          // the largest of them
   double preference = 0;   // this layer's weight where budgets are measured (CAKE, LAVa)
+  double spread = 0;       // CAKE: variance of the window attention over queries, summed
   double bound_scale = 0;  // Z: what one unit of lost score costs at most in attention output; 0 = no bound known
   double output_norm = 0;  // if asked for: Frobenius norm of the attention output over the window
 };

@@ -38,6 +38,10 @@ class ScoreBoard : public LayerObserver {
   double score_seconds() const { return score_seconds_; }
 
  private:
+  void score_layer(int layer, const SequenceState& state, int64_t next_position, bool replayed,
+                   const std::vector<std::vector<float>>& attention);
+  LayerWitness& witness(int layer);
+
   Context& ctx_;
   Model& model_;
   std::vector<std::shared_ptr<const Policy>> policies_;
@@ -46,6 +50,7 @@ class ScoreBoard : public LayerObserver {
   mutable EvidenceReader reader_;
   std::vector<LayerWitness> witnesses_;  // one, or one a layer when errors are measured
   std::vector<std::vector<LayerScores>> scores_;  // [policy][layer]
+  int64_t prompt_tokens_ = 0, next_position_ = 0;
   double score_seconds_ = 0;
 };
 
