@@ -8,9 +8,6 @@
 namespace lacuna::cpu {
 namespace {
 
-// Weights that one small-M piece streams: about 2 us of work for a core at 30 GB/s, some ten times
-// what it costs to hand a piece out, and little enough that the last piece keeps nobody waiting.
-constexpr int64_t kSmallPieceBytes = 64 << 10;
 // A large-M product is cut into at least this many pieces, if its columns allow: a few for each core of
 // the machines this is run on, so that none idles for long at the end.
 constexpr int64_t kWantedPieces = 32;

@@ -19,10 +19,14 @@ struct Avx2 {
   static V broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static V fma(V sum, V a, V b) { return _mm256_fmadd_ps(a, b, sum); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
-  static float sum(V v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  // A tree of pairwise merges; each halves the vectors and doubles the sums that one of them holds.
+  static V sums(const V (&v)[8]) {
+    V t[4], u[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) t[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) u[i] = _mm256_hadd_ps(t[2 * i], t[2 * i + 1]);
+    return add(_mm256_permute2f128_ps(u[0], u[1], 0x20), _mm256_permute2f128_ps(u[0], u[1], 0x31));
   }
 
   static V round_bf16(V v) {

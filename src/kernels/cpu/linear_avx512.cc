@@ -28,7 +28,19 @@ struct Avx512 {
   static V pairs(V sum, V a, V b) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
-  static float sum(V v) { return _mm512_reduce_add_ps(v); }
+  // A tree of pairwise merges; each halves the vectors and doubles the sums that one of them holds.
+  static V sums(const V (&v)[16]) {
+    V t[8], u[4], w[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      t[i] = add(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) u[i] = add(pair_shuffle<0x00>(t[2 * i], t[2 * i + 1]), pair_shuffle<0xff>(t[2 * i], t[2 * i + 1]));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      w[i] = add(_mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x88), _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xdd));
+    return add(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
+  }
 
   static V round_bf16(V v) {
     const __m512i u = _mm512_castps_si512(v);
@@ -62,10 +74,10 @@ struct Avx512 {
     }
     for (int i = 0; i < 4; ++i) {  // 4 x 4 within each 128-bit lane
       const int b = 4 * i;
-      v[b + 0] = shuffle<0x44>(t[b], t[b + 2]);
-      v[b + 1] = shuffle<0xee>(t[b], t[b + 2]);
-      v[b + 2] = shuffle<0x44>(t[b + 1], t[b + 3]);
-      v[b + 3] = shuffle<0xee>(t[b + 1], t[b + 3]);
+      v[b + 0] = pair_shuffle<0x00>(t[b], t[b + 2]);
+      v[b + 1] = pair_shuffle<0xff>(t[b], t[b + 2]);
+      v[b + 2] = pair_shuffle<0x00>(t[b + 1], t[b + 3]);
+      v[b + 3] = pair_shuffle<0xff>(t[b + 1], t[b + 3]);
     }
     for (int c = 0; c < 4; ++c) {  // the lanes: a 4 x 4 transpose of 128-bit pieces
       const V a = _mm512_shuffle_f32x4(v[c], v[4 + c], 0x88);
@@ -82,9 +94,10 @@ struct Avx512 {
 
  private:
   static __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  // Of every 128 bits the lower (0x00) or upper (0xff) 64 of a, then of b.
   template <int kControl>
-  static V shuffle(V a, V b) {
-    return _mm512_castpd_ps(_mm512_shuffle_pd(_mm512_castps_pd(a), _mm512_castps_pd(b), kControl == 0x44 ? 0x00 : 0xff));
+  static V pair_shuffle(V a, V b) {
+    return _mm512_castpd_ps(_mm512_shuffle_pd(_mm512_castps_pd(a), _mm512_castps_pd(b), kControl));
   }
 };
 

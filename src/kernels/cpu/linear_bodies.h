@@ -20,6 +20,13 @@ inline int64_t words(Operand operand, int64_t k) { return operand == Operand::kB
 // Rows of x that one small-M call takes: with one weight row in flight and one accumulator a product,
 // eight products are what two FMA units with a latency of four cycles need to stay busy.
 inline constexpr int kMaxSmallRows = 8;
+// Bytes of weights that a small-M body asks for ahead of their use. A core draws some 25 GB/s while the
+// others draw theirs, and memory answers within 150 ns under load: 4 KB are on their way, with a margin of
+// two. Measured best of 2 … 32 KB (bench/NOTES.md).
+inline constexpr int64_t kSmallAhead = 8192;
+// Weights that one small-M piece streams: about 2 us of work for a core at 30 GB/s, some ten times
+// what it costs to hand a piece out, and little enough that the last piece keeps nobody waiting.
+inline constexpr int64_t kSmallPieceBytes = 64 << 10;
 // Weight rows in one packed panel, and words of each row that lie together in it (a cache line).
 inline constexpr int kPanelRows = 8;
 inline constexpr int kPanelWords = 16;

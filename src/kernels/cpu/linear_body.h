@@ -3,8 +3,8 @@
 // function is compiled for that file's target and must not be merged with another's.
 //
 // S gives: V (a register of kLanes words), kLanes, kRegisters, zero, load, store, broadcast,
-// fma(sum, a, b), pairs(sum, a, b), add, sum (horizontal), round_bf16, transpose (in place, square),
-// widen(const T*) for each weight type and narrow(const T*) for those exact in bf16, narrow2(const
+// fma(sum, a, b), pairs(sum, a, b), add, sums (lane i of the result is the horizontal sum of vector i),
+// round_bf16, transpose (in place, square), widen(const T*) for each weight type and narrow(const T*) for those exact in bf16, narrow2(const
 // float*) that rounds 2 * kLanes floats to bf16 words.
 
 // ---- operands -------------------------------------------------------------------------------------
@@ -50,33 +50,65 @@ void pack_small_row(const float* x, int64_t k, float* packed) {
   if (i < k) S::store(packed, Op::activations(Tail<kStep, float>(x + i, k - i).data));
 }
 
-// kRows weight rows times kM rows of x. Weights are streamed: prefetched `ahead` bytes before their use.
+template <class S, class Op, class W>
+__attribute__((noinline)) typename S::V tail_weights(const W* w, int64_t valid) {
+  return Op::weights(Tail<S::kLanes * Op::kPerWord, W>(w, valid).data);
+}
+
+// kRows weight rows times kM rows of x, for columns first … first + kRows of the piece.
 template <class S, class Op, class W, int kRows, int kM>
-void small_tile(const LinearPiece& p, const W* w, const float* x, int64_t x_words, int64_t first, int64_t ahead) {
+void small_tile(const LinearPiece& p, const W* w, int64_t x_words, int64_t first) {
   using V = typename S::V;
   constexpr int kStep = S::kLanes * Op::kPerWord;
-  V sum[kM][kRows];
-  for (int m = 0; m < kM; ++m)
-    for (int r = 0; r < kRows; ++r) sum[m][r] = S::zero();
-  int64_t i = 0;
-  const float* xi = x;
-  for (; i + kStep <= p.k; i += kStep, xi += S::kLanes) {
+  constexpr int kLine = 64 / static_cast<int>(sizeof(W));  // weights in a cache line: one prefetch for them
+  constexpr int kSteps = kLine > kStep ? kLine / kStep : 1;
+  constexpr int kSums = kM * kRows;
+  V sum[kSums];
+#pragma GCC unroll 32
+  for (int j = 0; j < kSums; ++j) sum[j] = S::zero();
+  const auto step = [&](int64_t i, const float* xi) __attribute__((always_inline)) {
     V wr[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      const W* at = w + r * p.k + i;
-      __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead);
-      wr[r] = Op::weights(at);
-    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) wr[r] = Op::weights(w + r * p.k + i);
+#pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) {
       const V xm = S::load(xi + m * x_words);
-      for (int r = 0; r < kRows; ++r) sum[m][r] = Op::dot(sum[m][r], xm, wr[r]);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[m * kRows + r] = Op::dot(sum[m * kRows + r], xm, wr[r]);
+    }
+  };
+  // Look `ahead` along each row, and past its end into the next tile's: rows follow each other without a gap.
+  const int64_t most = kSmallAhead / kRows / static_cast<int64_t>(sizeof(W));
+  const int64_t ahead = most < p.k ? most : p.k, turn = p.k - ahead;
+  const int64_t jump = (kRows - 1) * p.k;
+  int64_t i = 0;
+  const float* xi = static_cast<const float*>(p.x);
+  for (; i + kSteps * kStep <= p.k; i += kSteps * kStep, xi += kSteps * S::kLanes) {
+    const int64_t hop = i + ahead + (i >= turn ? jump : 0);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(w + r * p.k + hop);
+#pragma GCC unroll 4
+    for (int s = 0; s < kSteps; ++s) step(i + s * kStep, xi + s * S::kLanes);
+  }
+  for (; i + kStep <= p.k; i += kStep, xi += S::kLanes) step(i, xi);
+  if (i < p.k) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const V wr = tail_weights<S, Op, W>(w + r * p.k + i, p.k - i);
+#pragma GCC unroll 8
+      for (int m = 0; m < kM; ++m) sum[m * kRows + r] = Op::dot(sum[m * kRows + r], S::load(xi + m * x_words), wr);
     }
   }
-  if (i < p.k) {
-    for (int r = 0; r < kRows; ++r) {
-      const V wr = Op::weights(Tail<kStep, W>(w + r * p.k + i, p.k - i).data);
-      for (int m = 0; m < kM; ++m) sum[m][r] = Op::dot(sum[m][r], S::load(xi + m * x_words), wr);
-    }
+
+  // The horizontal sums of kLanes vectors at a time: a fixed tree, the same whatever stands beside it.
+  constexpr int kFull = (kSums + S::kLanes - 1) / S::kLanes * S::kLanes;
+  float total[kFull];
+#pragma GCC unroll 32
+  for (int j = 0; j < kFull; j += S::kLanes) {
+    V part[S::kLanes];
+#pragma GCC unroll 16
+    for (int l = 0; l < S::kLanes; ++l) part[l] = j + l < kSums ? sum[j + l < kSums ? j + l : 0] : S::zero();
+    S::store(total + j, S::sums(part));
   }
   for (int m = 0; m < kM; ++m) {
     float* y = p.y + m * p.y_stride + first;
@@ -84,7 +116,7 @@ void small_tile(const LinearPiece& p, const W* w, const float* x, int64_t x_word
       // One expression without branches, so that it is rounded alike in every instance of this body.
       const float scale = p.row_scale ? p.row_scale[first + r] : 1.0f;
       const float bias = p.bias ? p.bias[first + r] : 0.0f;
-      const float value = S::sum(sum[m][r]) * scale + bias;
+      const float value = total[m * kRows + r] * scale + bias;
       y[r] = p.accumulate ? y[r] + value : value;
     }
   }
@@ -95,15 +127,12 @@ void small_rows(const LinearPiece& p) {
   // As many weight rows at once as leave registers for them and one vector of x: kRows * (kM + 1) + 1.
   constexpr int kFit = (S::kRegisters - 1) / (kM + 1);
   constexpr int kRows = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
-  const int64_t x_words = (p.k + S::kLanes * Op::kPerWord - 1) / (S::kLanes * Op::kPerWord) * S::kLanes;
+  constexpr int kStep = S::kLanes * Op::kPerWord;
+  const int64_t x_words = (p.k + kStep - 1) / kStep * S::kLanes;
   const W* w = static_cast<const W*>(p.weight);
-  const float* x = static_cast<const float*>(p.x);
-  // Short rows: the next kRows rows follow these without a gap. Long rows: a few KB along each stream.
-  const int64_t row_bytes = p.k * static_cast<int64_t>(sizeof(W));
-  const int64_t ahead = row_bytes * kRows < 8192 ? row_bytes * kRows : 1024;
   int64_t n = 0;
-  for (; n + kRows <= p.count; n += kRows) small_tile<S, Op, W, kRows, kM>(p, w + n * p.k, x, x_words, n, ahead);
-  for (; n < p.count; ++n) small_tile<S, Op, W, 1, kM>(p, w + n * p.k, x, x_words, n, ahead);
+  for (; n + kRows <= p.count; n += kRows) small_tile<S, Op, W, kRows, kM>(p, w + n * p.k, x_words, n);
+  for (; n < p.count; ++n) small_tile<S, Op, W, 1, kM>(p, w + n * p.k, x_words, n);
 }
 
 template <class S, class Op, class W>

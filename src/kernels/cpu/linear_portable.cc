@@ -18,7 +18,11 @@ struct Portable {
   static V broadcast(const float* p) { return V{*p, *p, *p, *p}; }
   static V fma(V sum, V a, V b) { return sum + a * b; }
   static V add(V a, V b) { return a + b; }
-  static float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static V sums(const V (&v)[4]) {
+    V s;
+    for (int i = 0; i < kLanes; ++i) s[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+    return s;
+  }
 
   static V round_bf16(V v) {
     for (int i = 0; i < kLanes; ++i) v[i] = to_float(to_bf16(v[i]));
