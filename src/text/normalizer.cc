@@ -6,6 +6,7 @@
 #include <utf8proc.h>
 
 #include "text/regex.h"
+#include "text/replace.h"
 #include "text/utf8.h"
 
 namespace lacuna {
@@ -71,21 +72,13 @@ void lowercase(std::string& text) {
   text = std::move(out);
 }
 
-void replace_text(std::string& text, const std::string& from, const std::string& to) {
-  std::string out;
-  size_t at = 0;
-  for (size_t found; (found = text.find(from, at)) != std::string::npos; at = found + from.size())
-    out.append(text, at, found - at) += to;
-  if (at == 0) return;
-  text = out.append(text, at);
-}
-
-void replace_pattern(std::string& text, const Regex& pattern, const std::string& to) {
+void replace_pattern(std::string& text, const Regex& pattern, const std::string& to, size_t limit) {
   std::string out;
   size_t at = 0, from = 0;
   std::pair<size_t, size_t> match;
   while (from <= text.size() && pattern.find(text, from, match)) {
     out.append(text, at, match.first - at) += to;
+    check_replacement(out.size(), limit);
     at = from = match.second;
     if (match.first == match.second) {
       if (from == text.size()) break;
@@ -141,10 +134,12 @@ void Normalizer::add(const ConfigFile& step) {
     if (pattern->has("String")) {
       const std::string from = pattern->text("String");
       if (from.empty()) pattern->wrong("String", "a text that is not empty");
-      steps_.push_back([from, to](std::string& text) { replace_text(text, from, to); });
+      steps_.push_back(
+          [from, to](std::string& text) { replace_all(text, from, to, replacement_limit(text.size())); });
     } else {
       auto regex = std::make_shared<const Regex>(pattern->text("Regex"), step.file());
-      steps_.push_back([regex, to](std::string& text) { replace_pattern(text, *regex, to); });
+      steps_.push_back(
+          [regex, to](std::string& text) { replace_pattern(text, *regex, to, replacement_limit(text.size())); });
     }
   } else {
     step.unsupported("type", "the normalizers NFC, NFD, NFKC, NFKD, Lowercase, Prepend, Replace, Strip and Sequence");
@@ -152,7 +147,11 @@ void Normalizer::add(const ConfigFile& step) {
 }
 
 void Normalizer::apply(std::string& text) const {
-  for (const auto& step : steps_) step(text);
+  const size_t limit = replacement_limit(text.size());
+  for (const auto& step : steps_) {
+    step(text);
+    check_replacement(text.size(), limit);
+  }
 }
 
 }  // namespace lacuna

@@ -3,6 +3,7 @@
 #include <charconv>
 #include <limits>
 
+#include "text/replace.h"
 #include "text/vocabulary.h"
 
 namespace lacuna {
@@ -52,8 +53,7 @@ std::string PieceDecoder::bytes(std::string_view piece) const {
   if (byte_fallback_)
     if (const int byte = byte_of_fallback_piece(piece); byte >= 0) return std::string(1, static_cast<char>(byte));
   std::string text(piece);
-  for (const auto& [from, to] : replace_)
-    for (size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size()) text.replace(at, from.size(), to);
+  for (const auto& [from, to] : replace_) replace_all(text, from, to, replacement_limit(piece.size()));
   return text;
 }
 

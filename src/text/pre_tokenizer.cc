@@ -178,6 +178,7 @@ void PreTokenizer::add(const ConfigFile& step) {
     steps_.push_back(splitter(escaped(step.text("delimiter")), step.file(), false, Behavior::kRemoved));
   } else if (type == "Metaspace") {
     const std::string mark = step.text("replacement", "\xE2\x96\x81");  // ▁
+    if (mark.empty() || utf8_step(mark).bytes != mark.size()) step.wrong("replacement", "one character");
     // Old files say add_prefix_space where new ones say prepend_scheme.
     const std::string scheme =
         step.text("prepend_scheme", step.boolean("add_prefix_space", true) ? "always" : "never");

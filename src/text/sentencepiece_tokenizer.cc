@@ -9,6 +9,7 @@
 #include "text/added_tokens.h"
 #include "text/bpe_parts.h"
 #include "text/piece_decoder.h"
+#include "text/replace.h"
 #include "text/vocabulary.h"
 
 namespace lacuna {
@@ -95,7 +96,7 @@ class SentencePieceTokenizer : public Tokenizer {
     }
     if (processor_.IsUnknown(id)) return " \xE2\x81\x87 ";  // ⁇, the library's default surface
     std::string text = piece;
-    for (size_t at = 0; (at = text.find(kBlank, at)) != std::string::npos; ++at) text.replace(at, kBlank.size(), " ");
+    replace_all(text, kBlank, " ", text.size());
     return text;
   }
 
