@@ -176,7 +176,14 @@ PromptSpec parse_prompt_spec(std::string_view json, const std::string& where) {
   root.at("noise").each_named([&](const std::string& split, const Field& list) {
     list.each([&](const Field& set) { spec.noise[split].push_back(set.texts()); });
   });
-  root.at("lists").each_named([&](const std::string& name, const Field& f) { spec.lists[name] = f.texts(); });
+  root.at("lists").each_named([&](const std::string& name, const Field& f) {
+    if (!f.is_string()) {
+      spec.lists[name] = f.texts();
+      return;
+    }
+    for (char c : f.text()) spec.lists[name].emplace_back(1, c);  // "ABC" is short for ["A", "B", "C"]
+    if (spec.lists[name].empty()) throw CorruptData("{} is empty", f.path());
+  });
   check_references(spec, where);
   return spec;
 }

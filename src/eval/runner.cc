@@ -67,6 +67,7 @@ PromptResult PromptRunner::run(const TaskPrompt& prompt) {
   out.length = prompt.length;
   out.index = prompt.index;
   out.depth = prompt.depth;
+  out.asked_depth = prompt.asked_depth;
   out.prompt_tokens = n;
   out.variants.resize(variants_.size());
 

@@ -45,7 +45,7 @@ struct VariantResult {
 struct PromptResult {
   std::string task;
   int64_t length = 0, index = 0;
-  double depth = -1;
+  double depth = -1, asked_depth = -1;
   int64_t prompt_tokens = 0;
   size_t full_bytes = 0;               // of the whole prompt's slots in the cache's own format
   std::vector<VariantResult> variants;  // as the runner's list

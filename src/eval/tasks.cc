@@ -480,6 +480,7 @@ TaskPrompt TaskMaker::make(const Request& request) const {
     out.rule = MatchRule::kShare;
     out.new_tokens = task.new_tokens;
     out.depth = context.depth;
+    out.asked_depth = request.depth.value_or(-1);
     return out;
   }
   throw BadInput("task {}: no prompt of {} tokens could be fitted with this tokenizer", task.name, request.length);

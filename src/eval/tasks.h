@@ -25,6 +25,7 @@ struct TaskPrompt {
   int64_t new_tokens = 0;     // longest answer, tokens
   bool one_line = true;       // the answer ends at the first newline
   double depth = -1;          // share of the context before the needle asked for; -1 = none or several
+  double asked_depth = -1;    // the depth that was requested; -1 = drawn
 };
 
 // Makes the prompts of presets/prompts/tasks.json. A prompt is a function of (seed, task, length,

@@ -71,7 +71,7 @@ TEST(PairedDifference, SignTestAgainstTheBinomialTable) {
   std::vector<double> a(40, 1.0), b(40, 1.0);
   for (size_t i = 0; i < 9; ++i) b[i] = 0;
   a[20] = 0;
-  const PairedDifference d = paired_difference(std::vector{a}, std::vector{b});
+  const PairedDifference d = paired_difference(std::vector<std::vector<double>>{a}, std::vector<std::vector<double>>{b});
   EXPECT_EQ(d.wins, 9);
   EXPECT_EQ(d.losses, 1);
   EXPECT_NEAR(d.p, 22.0 / 1024, 1e-12);

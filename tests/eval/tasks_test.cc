@@ -190,7 +190,7 @@ TEST(PromptSpecFile, FaultsAreNamed) {
     "kinds": {"code": {"name": "code", "plural": "codes", "digits": 5}},
     "tasks": {"passkey": {"wording": "passkey", "context": "noise", "new_tokens": 8, "kind": "code"}},
     "wordings": {"passkey": {"train": [{"intro": "I", "needle": "N {value}.", "question": "Q?", "cue": "C:"}]}},
-    "noise": {"train": [["A."]]}, "lists": {"adjectives": ["a"], "nouns": ["b"], "words": ["c"], "letters": ["D"]}})");
+    "noise": {"train": [["A."]]}, "lists": {"adjectives": ["a"], "nouns": ["b"], "words": ["c"], "letters": "DE"}})");
   EXPECT_EQ(parse_prompt_spec(good, "p").tasks.size(), 1u);
   const auto broken = [&](const std::string& from, const std::string& to, const std::string& message) {
     std::string text = good;
@@ -218,7 +218,7 @@ TEST(FillTemplate, UnknownNamesAreRefused) {
 
 TEST(HaystackText, CleansAndFindsSentences) {
   Haystack h;
-  h.add("x", "\xef\xbb\xbfOne two.  Three.\r\n\r\n\r\n\r\n\xe2\x80\x9cFour!\xe2\x80\x9d Five went. six");
+  h.add("x", "\xef\xbb\xbf" "One two.  Three.\r\n\r\n\r\n\r\n\xe2\x80\x9c" "Four!\xe2\x80\x9d Five went. six");
   ASSERT_EQ(h.books().size(), 1u);
   const auto& book = h.books()[0];
   EXPECT_EQ(book.text, "One two.  Three.\n\n\xe2\x80\x9c" "Four!\xe2\x80\x9d Five went. six");
