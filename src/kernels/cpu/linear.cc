@@ -59,7 +59,7 @@ void linear_small(Context& ctx, const LinearBodies& b, Operand operand, const Li
   for (int64_t i = 0; i < m; ++i) b.pack_small(operand, x + i * x_stride, k, packed + i * row_words);
 
   const int64_t row_bytes = k * static_cast<int64_t>(dtype_size(w.weight.dtype));
-  const int64_t rows = std::max<int64_t>(1, kSmallPieceBytes / row_bytes / kPanelRows) * kPanelRows;
+  const int64_t rows = std::max<int64_t>(1, kSmallPieceBytes / row_bytes / kMaxSmallRows) * kMaxSmallRows;
   ctx.pool.parallel_for(ceil_div(n, rows), [&](int64_t index, int) {
     const int64_t first = index * rows;
     LinearPiece p = piece(w, operand, 0, m, first, std::min(rows, n - first), y, y_stride, mode);

@@ -27,12 +27,15 @@ inline constexpr int64_t kSmallAhead = 8192;
 // Weights that one small-M piece streams: about 2 us of work for a core at 30 GB/s, some ten times
 // what it costs to hand a piece out, and little enough that the last piece keeps nobody waiting.
 inline constexpr int64_t kSmallPieceBytes = 64 << 10;
-// Weight rows in one packed panel, and words of each row that lie together in it (a cache line).
-inline constexpr int kPanelRows = 8;
+// Words of each weight row that lie together in a packed panel: a cache line of them.
 inline constexpr int kPanelWords = 16;
+// Bytes of weights that a large-M body asks for ahead of packing them; see kSmallAhead.
+inline constexpr int64_t kLargeAhead = 8192;
 // Words of k that a large-M body works through before it moves on: 64 weight rows of them are 128 KB
 // and 48 rows of x are 96 KB, which leaves most of a 1 MB L2 to the hardware's prefetching.
 inline constexpr int64_t kBlockWords = 512;
+// The same for an x so low that one tile takes all its groups: words of x in the tile, 128 KB of the L2 or so.
+inline constexpr int64_t kOnceWords = 2048;
 // A large-M task's share of y: up to 256 rows by up to 64 columns. Its sums are 64 KB.
 inline constexpr int64_t kTaskRows = 256;
 inline constexpr int64_t kMaxTaskColumns = 64;

@@ -177,65 +177,79 @@ void pack_group_words(const float* x, int64_t x_stride, int64_t rows, int64_t k,
   }
 }
 
-// Weight rows [0, count) words [begin, end) into panels [ceil(words / 16)][kPanelRows][16].
-template <class S, class Op, class W>
-void pack_panels(const W* w, int64_t count, int64_t k, int64_t begin, int64_t end, float* panels) {
+// The words of kCols weight rows that a tile works on: panels of kCols rows, chunk after chunk of
+// kPanelWords words, [chunk][row][word]. The tile that needs a panel first packs it as it goes, one chunk
+// ahead of the multiplications, so that waiting for memory and computing overlap.
+template <class W>
+struct Panel {
+  float* packed;   // chunk 0
+  int64_t keep;    // -1: all chunks stay for the tiles that follow; 1: two take turns
+  float* tail;     // where the chunk goes that k does not fill
+  const W* w;      // the first row at k = 0
+  int64_t rows;    // of weights that there are, 1 … kCols; the last stands in for the missing
+  int64_t jump;    // from a row's last value in this block of k to where reading goes on, in values
+};
+
+// Packs words [word, word + kPanelWords) of the panel's rows, all within k; the block of k ends at `end`.
+template <class S, class Op, class W, int kCols>
+void pack_chunk(const Panel<W>& panel, int64_t k, int64_t word, int64_t end, float* to) {
+  const int64_t first = word * Op::kPerWord;
+  const int64_t ahead = first + kLargeAhead / kCols / static_cast<int64_t>(sizeof(W));
+  const int64_t soon = ahead < end * Op::kPerWord ? ahead : ahead + panel.jump;
+#pragma GCC unroll 16
+  for (int r = 0; r < kCols; ++r) {
+    const W* row = panel.w + (r < panel.rows ? r : panel.rows - 1) * k;
+    __builtin_prefetch(row + soon);
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanelWords; j += S::kLanes)
+      S::store(to + r * kPanelWords + j, Op::weights(row + first + j * Op::kPerWord));
+  }
+}
+
+// The same for the chunk that k ends in, filled up with zeros.
+template <class S, class Op, class W, int kCols>
+__attribute__((noinline)) void pack_tail(const Panel<W>& panel, int64_t k, int64_t word) {
   constexpr int kStep = S::kLanes * Op::kPerWord;
-  const int64_t chunks = (end - begin + kPanelWords - 1) / kPanelWords;
-  const int64_t rows = (count + kPanelRows - 1) / kPanelRows * kPanelRows;
-  for (int64_t n = 0; n < rows; ++n) {
-    const W* row = w + n * k;
-    float* to = panels + (n / kPanelRows) * chunks * kPanelRows * kPanelWords + (n % kPanelRows) * kPanelWords;
-    for (int64_t c = 0; c < chunks; ++c, to += kPanelRows * kPanelWords) {
-      for (int j = 0; j < kPanelWords; j += S::kLanes) {
-        const int64_t i = (begin + c * kPanelWords + j) * Op::kPerWord;
-        if (n >= count)
-          S::store(to + j, S::zero());
-        else if (i + kStep <= k)
-          S::store(to + j, Op::weights(row + i));
-        else
-          S::store(to + j, Op::weights(Tail<kStep, W>(row + i, i < k ? k - i : 0).data));
-      }
+  for (int r = 0; r < kCols; ++r) {
+    const W* row = panel.w + (r < panel.rows ? r : panel.rows - 1) * k;
+    for (int j = 0; j < kPanelWords; j += S::kLanes) {
+      const int64_t i = (word + j) * Op::kPerWord, left = k - i;
+      const Tail<kStep, W> values(row + i, left < 0 ? 0 : left < kStep ? left : kStep);
+      S::store(panel.tail + r * kPanelWords + j, Op::weights(values.data));
     }
   }
 }
 
-// kGroups groups of x times kCols weight rows of a panel over `words` words of k.
+// kGroups groups of x times kCols weight rows over words [begin, end) of k; x at word begin.
 // sums: [group][column][lane]; columns of a group are kLanes floats apart, groups group_sums apart.
-template <class S, class Op, int kGroups, int kCols>
-void large_tile(const float* x, int64_t group_words, const float* panel, int64_t words, float* sums,
-                int64_t group_sums, bool first) {
+template <class S, class Op, class W, int kGroups, int kCols, bool kPack>
+void large_tile(const float* x, int64_t group_words, const Panel<W>& panel, int64_t k, int64_t begin, int64_t end,
+                float* sums, int64_t group_sums) {
   using V = typename S::V;
+  constexpr int64_t kChunk = kCols * kPanelWords;
+  const int64_t whole = k / (kPanelWords * Op::kPerWord) * kPanelWords;  // words in chunks that k fills
+  if (kPack && end > whole) pack_tail<S, Op, W, kCols>(panel, k, whole);
+  if (kPack && begin < whole) pack_chunk<S, Op, W, kCols>(panel, k, begin, end, panel.packed);
   V sum[kGroups][kCols];
   for (int g = 0; g < kGroups; ++g)
     for (int c = 0; c < kCols; ++c)
-      sum[g][c] = first ? S::zero() : S::load(sums + g * group_sums + c * S::kLanes);
-  for (int64_t word = 0; word < words; word += kPanelWords, panel += kPanelRows * kPanelWords) {
-    const int64_t inner = words - word < kPanelWords ? words - word : kPanelWords;
+      sum[g][c] = begin == 0 ? S::zero() : S::load(sums + g * group_sums + c * S::kLanes);
+  for (int64_t word = begin, c = 0; word < end; word += kPanelWords, ++c) {
+    if (kPack && word + 2 * kPanelWords <= end && word + 2 * kPanelWords <= whole)
+      pack_chunk<S, Op, W, kCols>(panel, k, word + kPanelWords, end, panel.packed + ((c + 1) & panel.keep) * kChunk);
+    const float* w = word < whole ? panel.packed + (c & panel.keep) * kChunk : panel.tail;
+    const int64_t inner = end - word < kPanelWords ? end - word : kPanelWords;
     for (int64_t j = 0; j < inner; ++j, x += S::kLanes) {
       V xv[kGroups];
       for (int g = 0; g < kGroups; ++g) xv[g] = S::load(x + g * group_words);
-      for (int c = 0; c < kCols; ++c) {
-        const V wv = S::broadcast(panel + c * kPanelWords + j);
-        for (int g = 0; g < kGroups; ++g) sum[g][c] = Op::dot(sum[g][c], xv[g], wv);
+      for (int n = 0; n < kCols; ++n) {
+        const V wv = S::broadcast(w + n * kPanelWords + j);
+        for (int g = 0; g < kGroups; ++g) sum[g][n] = Op::dot(sum[g][n], xv[g], wv);
       }
     }
   }
   for (int g = 0; g < kGroups; ++g)
     for (int c = 0; c < kCols; ++c) S::store(sums + g * group_sums + c * S::kLanes, sum[g][c]);
-}
-
-template <class S, class Op, int kGroups>
-void large_panels(const float* x, int64_t group_words, const float* panels, int64_t columns, int64_t words,
-                  float* sums, int64_t group_sums, bool first) {
-  // All eight rows of a panel, or as many as keep sums, x and one broadcast word in registers.
-  constexpr int kFit = (S::kRegisters - 1 - kGroups) / kGroups;
-  constexpr int kCols = kFit >= 8 ? 8 : kFit >= 4 ? 4 : 2;
-  const int64_t panel_words = (words + kPanelWords - 1) / kPanelWords * kPanelWords * kPanelRows;
-  for (int64_t c = 0; c < columns; c += kCols) {
-    const float* panel = panels + c / kPanelRows * panel_words + c % kPanelRows * kPanelWords;
-    large_tile<S, Op, kGroups, kCols>(x, group_words, panel, words, sums + c * S::kLanes, group_sums, first);
-  }
 }
 
 // Scales, biases and transposes the sums of one group into rows of y.
@@ -272,44 +286,61 @@ void large_finish(const LinearPiece& p, const float* sums, float* y, int64_t row
   }
 }
 
-template <class S, class Op, class W>
-void large_piece(const LinearPiece& p, float* workspace) {
-  constexpr int kLanes = S::kLanes;
-  // Three groups by a panel's eight rows: 24 sums, 3 vectors of x and a broadcast fit 32 registers, and
-  // 11 loads serve 24 multiply-adds. With 16 registers it is three by four, or two by four.
-  constexpr int kGroups = 3;
+// All weight rows of a piece for up to kMost groups of x at a time, kCols rows at a time.
+template <class S, class Op, class W, int kMost, int kCols>
+void large_columns(const LinearPiece& p, float* workspace) {
+  constexpr int kLanes = S::kLanes, kTwo = kMost >= 2 ? 2 : 1;
   const int64_t total_words = (p.k + Op::kPerWord - 1) / Op::kPerWord;
   const int64_t group_words = total_words * kLanes;
   const int64_t groups = (p.m + kLanes - 1) / kLanes;
-  const int64_t columns = (p.count + kPanelRows - 1) / kPanelRows * kPanelRows;
-  const int64_t group_sums = columns * kLanes;
-  float* panels = workspace;
+  const int64_t group_sums = (p.count + kCols - 1) / kCols * kCols * kLanes;
+  // If x is one tile high, no panel is used twice and k need not be cut for their sake, only for x's.
+  const bool once = groups <= kMost;
+  const int64_t block = once ? kOnceWords / groups / kPanelWords * kPanelWords : kBlockWords;
+  const int64_t panel_words = once ? 0 : kBlockWords * kCols;
   float* sums = workspace + kMaxTaskColumns * kBlockWords;
   const float* x = static_cast<const float*>(p.x);
-  for (int64_t begin = 0; begin < total_words; begin += kBlockWords) {
-    const int64_t end = begin + kBlockWords < total_words ? begin + kBlockWords : total_words;
-    const bool first = begin == 0;
-    pack_panels<S, Op, W>(static_cast<const W*>(p.weight), p.count, p.k, begin, end, panels);
+  for (int64_t begin = 0; begin < total_words; begin += block) {
+    const int64_t end = begin + block < total_words ? begin + block : total_words;
     for (int64_t g = 0; g < groups;) {
+      // Four groups are two and two: a tile of one leaves the units waiting for its few sums.
+      const int64_t left = groups - g;
+      const int64_t take = left >= kMost && left != kMost + 1 ? kMost : left >= 2 ? kTwo : 1;
       const float* xg = x + g * group_words + begin * kLanes;
       float* to = sums + g * group_sums;
-      // Four groups are two and two: a tile of one leaves the units waiting for its eight sums.
-      if (groups - g >= kGroups && groups - g != 4) {
-        large_panels<S, Op, kGroups>(xg, group_words, panels, columns, end - begin, to, group_sums, first);
-        g += kGroups;
-      } else if (groups - g >= 2) {
-        large_panels<S, Op, 2>(xg, group_words, panels, columns, end - begin, to, group_sums, first);
-        g += 2;
-      } else {
-        large_panels<S, Op, 1>(xg, group_words, panels, columns, end - begin, to, group_sums, first);
-        g += 1;
+      Panel<W> panel{workspace, once ? 1 : -1, nullptr, static_cast<const W*>(p.weight), 0, 0};
+      panel.jump = kCols * p.k - (end - begin) * Op::kPerWord;
+      const int64_t last = once ? 2 : (end - begin) / kPanelWords;  // chunk that a tail is packed to
+      for (int64_t n = 0; n < p.count; n += kCols) {
+        panel.rows = p.count - n < kCols ? p.count - n : kCols;
+        panel.tail = panel.packed + last * kCols * kPanelWords;
+        const auto tile = g > 0       ? take == kMost ? large_tile<S, Op, W, kMost, kCols, false>
+                                        : take == kTwo ? large_tile<S, Op, W, kTwo, kCols, false>
+                                                      : large_tile<S, Op, W, 1, kCols, false>
+                          : take == kMost ? large_tile<S, Op, W, kMost, kCols, true>
+                          : take == kTwo    ? large_tile<S, Op, W, kTwo, kCols, true>
+                                          : large_tile<S, Op, W, 1, kCols, true>;
+        tile(xg, group_words, panel, p.k, begin, end, to + n * kLanes, group_sums);
+        panel.w += kCols * p.k;
+        panel.packed += panel_words;
       }
+      g += take;
     }
   }
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t rows = p.m - g * kLanes < kLanes ? p.m - g * kLanes : kLanes;
     large_finish<S>(p, sums + g * group_sums, p.y + g * kLanes * p.y_stride, rows);
   }
+}
+
+template <class S, class Op, class W>
+void large_piece(const LinearPiece& p, float* workspace) {
+  // Three groups by eight rows: 24 sums, 3 vectors of x and a broadcast fit 32 registers, and 11 loads
+  // serve 24 multiply-adds. With 16 registers it is three by four. A single group takes 16 rows, so that
+  // there are sums enough to cover the latency.
+  constexpr bool kMany = S::kRegisters >= 32;
+  if (kMany && p.m <= S::kLanes) return large_columns<S, Op, W, 1, kMany ? 16 : 4>(p, workspace);
+  return large_columns<S, Op, W, 3, kMany ? 8 : 4>(p, workspace);
 }
 
 // ---- the table ------------------------------------------------------------------------------------
