@@ -62,6 +62,26 @@ class HiddenRecorder : public LayerObserver {
   std::vector<std::vector<float>> hidden;
 };
 
+// Tensors of a run, held until all are known: the file's header comes first.
+class Results {
+ public:
+  template <typename T>
+  void add(std::string name, DType dtype, std::vector<int64_t> shape, const std::vector<T>& values) {
+    const auto* bytes = reinterpret_cast<const std::byte*>(values.data());
+    specs_.push_back({std::move(name), dtype, std::move(shape)});
+    data_.emplace_back(bytes, bytes + values.size() * sizeof(T));
+  }
+  void write(const std::string& path) const {
+    SafetensorsWriter writer(path, specs_);
+    for (size_t i = 0; i < specs_.size(); ++i) writer.write(specs_[i].name, data_[i].data(), data_[i].size());
+    writer.commit();
+  }
+
+ private:
+  std::vector<SafetensorsWriter::Spec> specs_;
+  std::vector<std::vector<std::byte>> data_;
+};
+
 // The name under which a policy's tensors stand: laprox.<gqa>.<pool_at>.<normalise>, or kvpress.<policy>.
 std::string tensor_prefix(const std::string& spec) {
   const size_t colon = spec.find(':');
@@ -88,17 +108,17 @@ void write_run(const InspectOptions& o) {
   Model& model = *engine.model;
   const ModelInfo& info = model.info();
   const auto n = static_cast<int64_t>(ids.size());
-  SafetensorsWriter writer(o.out);
+  Results results;
   std::vector<float> logits(static_cast<size_t>(n * info.vocab));
   HiddenRecorder recorder(info.layers, n, info.hidden);
   {
     SequenceState state = model.new_state(engine.memory, engine.kv);
     prefill(engine.ctx, model, state, ids, &recorder, engine.prefill, nullptr, logits.data());
   }
-  writer.add("input_ids", DType::kI32, {n}, ids.data());
-  writer.add("logits", DType::kF32, {n, info.vocab}, logits.data());
+  results.add("input_ids", DType::kI32, {n}, ids);
+  results.add("logits", DType::kF32, {n, info.vocab}, logits);
   for (int l = 0; l <= info.layers; ++l)
-    writer.add("hidden." + std::to_string(l), DType::kF32, {n, info.hidden}, recorder.hidden[static_cast<size_t>(l)].data());
+    results.add("hidden." + std::to_string(l), DType::kF32, {n, info.hidden}, recorder.hidden[static_cast<size_t>(l)]);
 
   SequenceState state = model.new_state(engine.memory, engine.kv);
   ScoreBoard board(engine.ctx, model, policies);
@@ -109,31 +129,29 @@ void write_run(const InspectOptions& o) {
   int kv_heads = 0;
   for (int l = 0; l < info.layers; ++l) kv_heads = std::max(kv_heads, state.kv.kv_heads(l));
   const int64_t rows = int64_t{info.layers} * kv_heads;
-  std::vector<std::vector<float>> tensors;  // alive until the file is written
-  std::vector<std::vector<uint8_t>> masks;
   for (size_t p = 0; p < policies.size(); ++p) {
     const std::string prefix = tensor_prefix(o.policies[p]);
     // Columns: LaProx's candidates; for the others every token, +infinity where a token is always kept.
     const int window = policies[p]->rule().window;
     const int64_t columns = prefix.starts_with("laprox") ? std::max<int64_t>(0, n - window) : n;
-    tensors.emplace_back(static_cast<size_t>(rows * columns), std::numeric_limits<float>::infinity());
+    std::vector<float> scored(static_cast<size_t>(rows * columns), std::numeric_limits<float>::infinity());
     for (int l = 0; l < info.layers; ++l) {
       const LayerScores& scores = board.scores(p, l);
       for (size_t h = 0; h < scores.heads.size(); ++h)
         for (size_t i = 0; i < scores.heads[h].slot.size(); ++i)
           if (scores.heads[h].position[i] < columns)
-            tensors.back()[(static_cast<size_t>(l) * static_cast<size_t>(kv_heads) + h) * static_cast<size_t>(columns) +
-                           static_cast<size_t>(scores.heads[h].position[i])] = scores.heads[h].score[i];
+            scored[(static_cast<size_t>(l) * static_cast<size_t>(kv_heads) + h) * static_cast<size_t>(columns) +
+                   static_cast<size_t>(scores.heads[h].position[i])] = scores.heads[h].score[i];
     }
-    writer.add(prefix + ".score", DType::kF32, {info.layers, kv_heads, columns}, tensors.back().data());
+    results.add(prefix + ".score", DType::kF32, {info.layers, kv_heads, columns}, scored);
     for (size_t b = 0; b < budgets.size(); ++b) {
       const ScoreBoard::KeepMap keep = board.select(p, budgets[b], state.kv);
-      masks.emplace_back(static_cast<size_t>(rows * n), uint8_t{0});
+      std::vector<uint8_t> mask(static_cast<size_t>(rows * n), uint8_t{0});
       for (int l = 0; l < info.layers; ++l)
         for (int h = 0; h < state.kv.kv_heads(l); ++h)
           for (int32_t slot : keep[static_cast<size_t>(l)][static_cast<size_t>(h)])
-            masks.back()[static_cast<size_t>((int64_t{l} * kv_heads + h) * n + state.kv.view(l, h).position(state.kv.layout(l), slot))] = 1;
-      writer.add(prefix + "." + o.budgets[b] + ".keep", DType::kU8, {info.layers, kv_heads, n}, masks.back().data());
+            mask[static_cast<size_t>((int64_t{l} * kv_heads + h) * n + state.kv.view(l, h).position(state.kv.layout(l), slot))] = 1;
+      results.add(prefix + "." + o.budgets[b] + ".keep", DType::kU8, {info.layers, kv_heads, n}, mask);
     }
   }
 
@@ -144,8 +162,8 @@ void write_run(const InspectOptions& o) {
     SequenceState* states[] = {&state};
     decode_step(engine.ctx, model, states, {&greedy.back(), 1}, last.data());
   }
-  if (o.greedy > 0) writer.add("greedy_ids", DType::kI32, {o.greedy}, greedy.data());
-  writer.finish();
+  if (o.greedy > 0) results.add("greedy_ids", DType::kI32, {o.greedy}, greedy);
+  results.write(o.out);
 }
 
 nlohmann::json describe(const InspectOptions& o) {
