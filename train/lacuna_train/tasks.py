@@ -138,9 +138,11 @@ class TaskMaker:
 
     def distinct(self, rng, count, draw):
         seen = {}
-        while len(seen) < count:
+        for _ in range(20 * count + 100):
+            if len(seen) == count:
+                return list(seen)
             seen[draw()] = True
-        return list(seen)
+        raise ValueError(f"cannot draw {count} different items; {len(seen)} found")
 
     def keys(self, rng, count):
         adjectives, nouns = self.lists["adjectives"], self.lists["nouns"]
@@ -301,14 +303,14 @@ class TaskMaker:
                 return self.noise_context(rng, budget, needles, depths, split)
             if not fill:
                 return self.book_context(rng, budget, needles, depths)
-            entries, used = list(needles), sum(len(n) for n in needles)
+            # Four tokens are spare: the first sentence has no space before it and may tokenise longer.
+            entries, used = list(needles), sum(len(n) for n in needles) + 4
             for key, value in zip(keys[count:], values[count:]):
                 entry = needle(key, value)
                 if used + len(entry) > budget:
                     break
                 entries.append(entry)
                 used += len(entry)
-            # The first sentence has no space before it, so it may tokenise differently.
             out = Piece()
             for n, i in enumerate(rng.permutation(len(entries))):
                 if n == 0:

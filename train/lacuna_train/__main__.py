@@ -1,0 +1,109 @@
+"""python -m lacuna_train prepare | train | evaluate | export"""
+import argparse
+import os
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PROMPTS = HERE.parents[1] / "presets" / "prompts" / "tasks.json"
+
+
+def prepare(args):
+    from .books import encode_books, read_books
+    from .model import ModelConfig
+    from .tokenizer import train_tokenizer
+    out = Path(args.out)
+    folder = out / "tokenizer"
+    if args.tokenizer:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((Path(args.tokenizer) / name).read_bytes())
+    else:
+        texts = (text for _, text in read_books(args.train))
+        train_tokenizer(texts, args.vocab, folder, ModelConfig.max_position_embeddings)
+    for split, source in (("train", args.train), ("eval", args.eval)):
+        total = encode_books(source, folder, out / split, args.workers)
+        print(f"{split}: {total} tokens")
+
+
+def train(args):
+    from .trainer import train as run
+    run(args)
+
+
+def evaluate(args):
+    from .evaluate import evaluate as run
+    run(args)
+
+
+def export(args):
+    from .export import export as run
+    run(args)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="lacuna_train", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    cpus = os.cpu_count() or 1
+
+    p = commands.add_parser("prepare", help="train the tokenizer and tokenise the books")
+    p.set_defaults(run=prepare)
+    p.add_argument("--train", required=True, help="training books: a .tar.xz or a folder of .txt files")
+    p.add_argument("--eval", required=True, help="evaluation books, likewise")
+    p.add_argument("--out", required=True)
+    p.add_argument("--vocab", type=int, default=8192)
+    p.add_argument("--tokenizer", help="folder of a tokenizer to use instead of training one")
+    p.add_argument("--workers", type=int, default=cpus)
+
+    p = commands.add_parser("train", help="train, or go on from --out's checkpoint")
+    p.set_defaults(run=train)
+    p.add_argument("--data", required=True, help="what prepare wrote")
+    p.add_argument("--out", required=True, help="checkpoint and log")
+    p.add_argument("--prompts", default=str(PROMPTS))
+    p.add_argument("--seconds", type=float, default=1e9, help="this call ends, saved, within so many seconds")
+    p.add_argument("--total-seconds", type=float, default=1000, help="training time of the whole run; sets its schedule")
+    p.add_argument("--steps", type=int, default=10 ** 9, help="stop at this step")
+    p.add_argument("--tokens", type=int, default=65536, help="tokens a step and rank")
+    p.add_argument("--longest", type=int, default=16384)
+    p.add_argument("--workers", type=int, default=max(1, cpus - 3))
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--muon-lr", type=float, default=0.02)
+    p.add_argument("--adam-lr", type=float, default=0.003)
+    p.add_argument("--log-seconds", type=float, default=10)
+    p.add_argument("--save-seconds", type=float, default=100, help="a checkpoint this often, and at the end")
+    p.add_argument("--hidden", type=int, default=384)
+    p.add_argument("--intermediate", type=int, default=768)
+    p.add_argument("--layers", type=int, default=9)
+    p.add_argument("--heads", type=int, default=6)
+    p.add_argument("--kv-heads", type=int, default=2)
+    p.add_argument("--vocab", type=int, default=8192)
+
+    p = commands.add_parser("evaluate", help="task accuracy, bits per byte and a look at eviction")
+    p.set_defaults(run=evaluate)
+    p.add_argument("--model", required=True, help="folder that export wrote")
+    p.add_argument("--data", required=True)
+    p.add_argument("--prompts", default=str(PROMPTS))
+    p.add_argument("--out", required=True, help="results, JSON")
+    p.add_argument("--count", type=int, default=100, help="prompts a task and length")
+    p.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    p.add_argument("--split", choices=["train", "held_out"], default="train", help="wordings")
+    p.add_argument("--tasks", nargs="+", help="default: all")
+    p.add_argument("--policy", choices=["full", "snapkv", "laprox"], nargs="+", default=["full"])
+    p.add_argument("--share", type=float, nargs="+", default=[0.05], help="budgets of the policies")
+    p.add_argument("--seconds", type=float, default=1e9, help="stop, with what there is, after so many seconds")
+    p.add_argument("--workers", type=int, default=cpus)
+    p.add_argument("--seed", type=int, default=1234)
+    p.add_argument("--no-bits", action="store_true", help="leave out bits per byte")
+
+    p = commands.add_parser("export", help="write a Hugging Face checkpoint: int8 per row, or --bf16")
+    p.set_defaults(run=export)
+    p.add_argument("--source", required=True, help="a checkpoint.pt of train, or a folder that export wrote")
+    p.add_argument("--tokenizer", help="folder of tokenizer.json; default: the source folder")
+    p.add_argument("--out", required=True)
+    p.add_argument("--bf16", action="store_true", help="plain bf16, which transformers loads unchanged")
+
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Checkpoints in the Hugging Face layout: int8 with a scale per output row, or plain bf16.
+
+int8: a matrix `X.weight` [out, in] is stored as I8 codes in [-127, 127] with
+`X.weight_scale` F32 [out]; the weight is code · scale[row], scale = amax / 127.
+The embedding is a matrix whose rows are vocabulary entries. Norms and biases stay F32.
+"""
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .model import INT8_MAX, Decoder, ModelConfig
+from .tokenizer import EOS_ID
+
+QUANTIZATION = {"quant_method": "lacuna-int8", "bits": 8, "granularity": "per_row"}
+
+
+def quantize_rows(weight):
+    """(codes int8 [out, in], scale float32 [out])."""
+    weight = weight.detach().float()
+    scale = (weight.abs().amax(dim=1) / INT8_MAX).clamp_min(1e-12)
+    codes = torch.round(weight / scale[:, None]).clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+    return codes, scale
+
+
+def dequantize(tensors):
+    """Every X.weight with an X.weight_scale beside it as float32; the rest as it is, in float32."""
+    out = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".weight_scale"):
+            continue
+        scale = tensors.get(name + "_scale")
+        out[name] = tensor.float() if scale is None else tensor.float() * scale.float()[:, None]
+    return out
+
+
+def hf_config(c, int8):
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_hidden_layers, "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads, "hidden_act": "silu",
+        "max_position_embeddings": c.max_position_embeddings, "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta, "rope_scaling": None, "tie_word_embeddings": True,
+        "use_sliding_window": False, "sliding_window": None, "max_window_layers": c.num_hidden_layers,
+        "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, "bos_token_id": None,
+        "eos_token_id": EOS_ID, "pad_token_id": EOS_ID, "torch_dtype": "float32" if int8 else "bfloat16"}
+    if c.head_dim * c.num_attention_heads != c.hidden_size:
+        config["head_dim"] = c.head_dim
+    if int8:
+        config["quantization_config"] = QUANTIZATION
+    return config
+
+
+def read_config(folder):
+    raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "rope_theta", "rms_norm_eps", "max_position_embeddings")
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    return ModelConfig(head_dim=head_dim, **{n: raw[n] for n in names})
+
+
+def read_source(source):
+    """(config, float32 tensors by Hugging Face name) of a trainer checkpoint or an exported folder."""
+    source = Path(source)
+    if source.is_dir():
+        return read_config(source), dequantize(load_file(source / "model.safetensors"))
+    saved = torch.load(source, map_location="cpu", weights_only=True)
+    return ModelConfig(**saved["config"]), {"model." + k: v.float() for k, v in saved["model"].items()}
+
+
+def load_model(source, compute, device):
+    config, tensors = read_source(source)
+    model = Decoder(config, compute)
+    model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items()})
+    return model.to(device).eval()
+
+
+def replace_file(path, write):
+    """Writes beside `path`, then renames, so that no half-written file is left."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_checkpoint(config, tensors, out, int8):
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    stored = {}
+    for name, tensor in sorted(tensors.items()):
+        if tensor.ndim == 2 and int8:
+            stored[name], stored[name + "_scale"] = quantize_rows(tensor)
+        else:
+            stored[name] = tensor.float().contiguous() if int8 else tensor.to(torch.bfloat16).contiguous()
+    replace_file(out / "model.safetensors", lambda p: save_file(stored, p, metadata={"format": "pt"}))
+    for name, content in (("config.json", hf_config(config, int8)),
+                          ("generation_config.json", {"eos_token_id": EOS_ID, "pad_token_id": EOS_ID, "do_sample": False})):
+        text = json.dumps(content, indent=1) + "\n"
+        replace_file(out / name, lambda p: Path(p).write_text(text, encoding="utf-8"))
+
+
+def export(args):
+    source = Path(args.source)
+    config, tensors = read_source(source)
+    write_checkpoint(config, tensors, args.out, int8=not args.bf16)
+    tokenizer = Path(args.tokenizer) if args.tokenizer else source
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = (tokenizer / name).read_bytes()
+        replace_file(Path(args.out) / name, lambda p: Path(p).write_bytes(content))
+    size = sum(f.stat().st_size for f in Path(args.out).iterdir() if f.is_file())
+    print(f"{args.out}: {'bf16' if args.bf16 else 'int8'}, {size} bytes in the folder")

@@ -1,0 +1,64 @@
+"""Muon for the layers' matrices, AdamW for everything else."""
+import torch
+
+# Five steps of a quintic iteration towards the polar factor; each triple is the
+# minimax choice for the interval that the step before leaves (Polar Express,
+# Amsel et al. 2025, arXiv 2505.16932, table of coefficients, rounded).
+POLAR_STEPS = (
+    (8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484), (3.94869, -2.90890, 0.55182),
+    (3.31842, -2.48849, 0.51005), (2.30065, -1.66890, 0.41881))
+
+
+def polar_factor(batch):
+    """The nearest orthogonal matrices of a batch [n, rows, columns], in bfloat16."""
+    x = batch.to(torch.bfloat16)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in POLAR_STEPS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon:
+    """Momentum, then the polar factor of the result as the step. Matrices of one shape go together."""
+
+    def __init__(self, parameters, lr, momentum=0.95):
+        self.momentum = momentum
+        self.groups = {}
+        for p in parameters:
+            self.groups.setdefault(tuple(p.shape), []).append(p)
+        device = next(iter(self.groups.values()))[0].device
+        self.lr = torch.tensor(float(lr), device=device)
+        self.buffers = {s: torch.zeros(len(ps), *s, device=device) for s, ps in self.groups.items()}
+
+    @torch.no_grad()
+    def step(self):
+        for shape, parameters in self.groups.items():
+            gradient = torch.stack([p.grad for p in parameters])
+            buffer = self.buffers[shape]
+            buffer.lerp_(gradient, 1 - self.momentum)
+            update = polar_factor(gradient.lerp(buffer, self.momentum)).float()
+            # A wide matrix and a tall one should change their outputs alike.
+            update *= -self.lr * max(1.0, shape[0] / shape[1]) ** 0.5
+            torch._foreach_add_(parameters, list(update.unbind()))
+
+    def state_dict(self):
+        return {"x".join(map(str, s)): b for s, b in self.buffers.items()}
+
+    def load_state_dict(self, state):
+        for s, b in self.buffers.items():
+            b.copy_(state["x".join(map(str, s))])
+
+
+def make_optimizers(model, extra, muon_lr, adam_lr):
+    """`extra` are parameters that do not ship (the look-ahead matrix); AdamW steps them too."""
+    matrices = [p for layer in model.layers for p in layer.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen] + list(extra)
+    cuda = rest[0].is_cuda
+    lr = torch.tensor(float(adam_lr), device=rest[0].device) if cuda else adam_lr
+    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda, capturable=cuda)
+    return Muon(matrices, muon_lr), adam
