@@ -15,7 +15,7 @@ from .books import Books
 from .mixture import LOOK_SLOTS, LOOK_TOKENS, Mixture, REPLY_TOKENS
 from .tasks import TaskMaker
 
-WAIT_SECONDS = 60
+WAIT_SECONDS = 30
 
 
 def slot_arrays(tokens, buffer=None):
