@@ -12,18 +12,6 @@ namespace {
 // the machines this is run on, so that none idles for long at the end.
 constexpr int64_t kWantedPieces = 32;
 
-const LinearBodies& bodies() {
-#if defined(__x86_64__)
-  switch (cpu_isa()) {
-    case Isa::kScalar: break;
-    case Isa::kAvx2: return linear_avx2();
-    case Isa::kAvx512: return linear_avx512();
-    case Isa::kAvx512Bf16: return linear_avx512_bf16();
-  }
-#endif
-  return linear_portable();
-}
-
 // f32 and f16 weights lose bits in bf16, so they stay wide whatever the activations are.
 Operand operand_for(ActivationType activations, DType weights, const LinearBodies& b) {
   if (activations == ActivationType::kF32) return Operand::kF32;
@@ -97,9 +85,21 @@ void linear_large(Context& ctx, const LinearBodies& b, Operand operand, const Li
 
 }  // namespace
 
+const LinearBodies& linear_bodies() {
+#if defined(__x86_64__)
+  switch (cpu_isa()) {
+    case Isa::kScalar: break;
+    case Isa::kAvx2: return linear_avx2();
+    case Isa::kAvx512: return linear_avx512();
+    case Isa::kAvx512Bf16: return linear_avx512_bf16();
+  }
+#endif
+  return linear_portable();
+}
+
 void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, float* y, LinearMode mode,
             int64_t x_stride, int64_t y_stride) {
-  const LinearBodies& b = bodies();
+  const LinearBodies& b = linear_bodies();
   const Operand operand = operand_for(ctx.activations, w.weight.dtype, b);
   const auto body = m <= kMaxSmallRows ? linear_small : linear_large;
   body(ctx, b, operand, w, x, m, y, mode, x_stride, y_stride);

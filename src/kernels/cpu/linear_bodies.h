@@ -76,10 +76,18 @@ struct LinearBodies {
   // m <= kTaskRows, count <= kMaxTaskColumns. workspace: large_workspace() floats, 64-byte aligned.
   // Every product is one sum over k in order, whatever tile it falls into.
   void (*large)(const LinearPiece& piece, float* workspace);
+
+  // `count` weights as f32, int8 codes without their scale.
+  void (*widen)(DType dtype, const void* from, int64_t count, float* to);
+  // Symmetric int8 codes of one row and their scale; false if a value is not finite.
+  bool (*quantize)(const float* values, int64_t count, int8_t* codes, float* scale);
 };
 
 // Weights of one task and block of k, and the task's sums.
 inline constexpr int64_t large_workspace() { return kMaxTaskColumns * kBlockWords + kTaskRows * kMaxTaskColumns; }
+
+// The bodies for cpu_isa().
+const LinearBodies& linear_bodies();
 
 const LinearBodies& linear_portable();
 #if defined(__x86_64__)

@@ -343,6 +343,42 @@ void large_piece(const LinearPiece& p, float* workspace) {
   return large_columns<S, Op, W, 3, kMany ? 8 : 4>(p, workspace);
 }
 
+// ---- rows -----------------------------------------------------------------------------------------
+
+template <class S, class W>
+void widen_values(const W* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + S::kLanes <= count; i += S::kLanes) S::store(to + i, S::widen(from + i));
+  if (i == count) return;
+  float last[S::kLanes];
+  S::store(last, S::widen(Tail<S::kLanes, W>(from + i, count - i).data));
+  for (int64_t j = 0; i + j < count; ++j) to[i + j] = last[j];
+}
+
+// Plain loops that the compiler vectorises for the file's target.
+inline bool quantize_values(const float* values, int64_t count, int8_t* codes, float* scale) {
+  // Magnitudes compare as their bits do; infinities and NaN lie above all finite ones.
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t magnitude = __builtin_bit_cast(uint32_t, values[i]) & 0x7fffffffu;
+    most = most > magnitude ? most : magnitude;
+  }
+  if (most >= 0x7f800000u) return false;
+  const float step = __builtin_bit_cast(float, most) / 127.0f;
+  *scale = step;
+  // 1.5 * 2^23: adding it leaves no bits below one, and the hardware rounds half to even.
+  const float round = 12582912.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    // A row of zeros, or of values so small that their scale underflows, gets codes 0. A subnormal
+    // scale is inexact, so that a quotient may pass 127.
+    float q = step > 0 ? values[i] / step : 0.0f;
+    q = q > 127.0f ? 127.0f : q;
+    q = q < -127.0f ? -127.0f : q;
+    codes[i] = static_cast<int8_t>(static_cast<int32_t>((q + round) - round));
+  }
+  return true;
+}
+
 // ---- the table ------------------------------------------------------------------------------------
 
 template <class S, class Op>
@@ -395,7 +431,13 @@ struct Table {
     if (p.operand != Operand::kBf16Pair) return large_by_dtype<S, Plain>(p, workspace);
     if constexpr (kPairs) return large_by_dtype<S, Pair>(p, workspace);
   }
+  static void widen(DType dtype, const void* from, int64_t count, float* to) {
+    if (dtype == DType::kF32) return widen_values<S>(static_cast<const float*>(from), count, to);
+    if (dtype == DType::kF16) return widen_values<S>(static_cast<const F16*>(from), count, to);
+    if (dtype == DType::kBF16) return widen_values<S>(static_cast<const BF16*>(from), count, to);
+    return widen_values<S>(static_cast<const int8_t*>(from), count, to);
+  }
   static constexpr LinearBodies bodies() {
-    return {S::kLanes, kPairs, small_words, pack_small, small, pack_group, large};
+    return {S::kLanes, kPairs, small_words, pack_small, small, pack_group, large, widen, quantize_values};
   }
 };
