@@ -60,7 +60,7 @@ TEST(SiluMul, MatchesDoubleOverTheWholeRange) {
     for (size_t i = 0; i < gate.size(); ++i) {
       const double x = gate[i], expected = 1.5 * x / (1 + std::exp(-x));
       // Rounding -x log2(e) to f32 costs |x| * 2^-24 of e^-x.
-      EXPECT_NEAR(out[i], expected, (1e-6 + 1e-7 * std::min(std::fabs(x), 90.0f)) * std::fabs(expected) + 3e-36) << x;
+      EXPECT_NEAR(out[i], expected, (1e-6 + 1e-7 * std::min(std::fabs(x), 90.0)) * std::fabs(expected) + 3e-36) << x;
     }
     silu_mul(e.ctx, gate.data(), up.data(), 1, static_cast<int64_t>(gate.size()), gate.data());
     EXPECT_EQ(gate, out);

@@ -83,24 +83,31 @@ void pack_values_f32(const void* rows, int64_t ld, int d, void* out) {
       for (int part = 0; part < kPanel; part += kLanes) store(dst + part, load(src + key * ld + c + part));
 }
 
+// The pragmas keep the sums in registers: unless the loops over them vanish, the array lives in memory.
 template <int kR, int kW, bool kAdd>
 void tile_f32(const float* a, int64_t lda, const float* b, int k, const float* shrink, float* c, int64_t ldc) {
-  Vec sums[kR][kW];
-  for (int i = 0; i < kR; ++i)
-    for (int w = 0; w < kW; ++w) sums[i][w] = zero();
+  Vec sums[kR * kW];
+#pragma GCC unroll 32
+  for (int i = 0; i < kR * kW; ++i) sums[i] = zero();
   for (int x = 0; x < k; ++x, b += kPanel) {
     Vec bw[kW];
+#pragma GCC unroll 2
     for (int w = 0; w < kW; ++w) bw[w] = load(b + w * kLanes);
+#pragma GCC unroll 16
     for (int i = 0; i < kR; ++i) {
       const Vec ai = set1(a[i * lda + x]);
-      for (int w = 0; w < kW; ++w) sums[i][w] = fma(ai, bw[w], sums[i][w]);
+#pragma GCC unroll 2
+      for (int w = 0; w < kW; ++w) sums[i * kW + w] = fma(ai, bw[w], sums[i * kW + w]);
     }
   }
-  for (int i = 0; i < kR; ++i)
+#pragma GCC unroll 16
+  for (int i = 0; i < kR; ++i) {
+#pragma GCC unroll 2
     for (int w = 0; w < kW; ++w) {
       float* out = c + i * ldc + w * kLanes;
-      store(out, kAdd ? fma(set1(shrink[i]), load(out), sums[i][w]) : sums[i][w]);
+      store(out, kAdd ? fma(set1(shrink[i]), load(out), sums[i * kW + w]) : sums[i * kW + w]);
     }
+  }
 }
 
 // All rows of one panel: whole register tiles, then the rest in one smaller tile.
@@ -218,50 +225,65 @@ void add_exponentials(const float* scores, int64_t count, float scale, float max
 
 // ---- streaming ------------------------------------------------------------------------------------
 
-inline void prefetch_row(const void* next, int64_t offset, int64_t bytes) {
+// Always inlined: GCC takes a function that only prefetches for one without effect and drops the call.
+[[gnu::always_inline]] inline void prefetch(const void* next, int64_t offset, int64_t bytes) {
   if (!next) return;
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(next) + offset + b);
 }
 
 // kQ queries against 4 * kGroups keys at a time: every key vector is loaded and widened once for the
-// kQ queries, and the 4 * kQuads sums fold into one vector of dot products.
+// kQ queries, and the 4 * kQuads sums fold into one vector of dot products. Key j of the group starts
+// `j * step` codes on; at the end of a stretch step is 0 for the missing keys' sake.
+template <DType kType, int kQ, int kGroups>
+inline void dots_of(const typename CodeOf<kType>::T* k, int64_t step, int d, const float* q, int64_t ldq, float* dots) {
+  using Code = CodeOf<kType>;
+  Vec sums[kQuads * 4];
+#pragma GCC unroll 16
+  for (int i = 0; i < kQuads * 4; ++i) sums[i] = zero();
+  int c = 0;
+  for (; c + kLanes <= d; c += kLanes) {
+    Vec x[kQ];
+#pragma GCC unroll 4
+    for (int i = 0; i < kQ; ++i) x[i] = load(q + i * ldq + c);
+#pragma GCC unroll 16
+    for (int j = 0; j < 4 * kGroups; ++j) {
+      const Vec y = Code::load_codes(k + j * step + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < kQ; ++i) sums[4 * kGroups * i + j] = fma(x[i], y, sums[4 * kGroups * i + j]);
+    }
+  }
+  if (c < d) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 4 * kGroups; ++j) {
+      const Vec y = load_tail<kType>(k + j * step + c, d - c);
+#pragma GCC unroll 4
+      for (int i = 0; i < kQ; ++i) sums[4 * kGroups * i + j] = fma(load(q + i * ldq + c), y, sums[4 * kGroups * i + j]);
+    }
+  }
+  sum_quads(sums, dots);
+}
+
 template <DType kType, int kQ>
 void scores_of(const void* codes, const float* scales, int count, int d, const float* q, int64_t ldq, float* out,
                int64_t ld, const void* next) {
-  using Code = CodeOf<kType>;
-  using T = typename Code::T;
+  using T = typename CodeOf<kType>::T;
   constexpr int kGroups = kQuads / kQ > 0 ? kQuads / kQ : 1;
   constexpr int kKeys = 4 * kGroups;
-  const int whole = d / kLanes * kLanes;
+  const auto* k = static_cast<const T*>(codes);
   const int64_t row_bytes = static_cast<int64_t>(d) * static_cast<int64_t>(sizeof(T));
-  for (int key = 0; key < count; key += kKeys) {
-    const int n = count - key < kKeys ? count - key : kKeys;
-    const T* k[kKeys];
-    for (int j = 0; j < kKeys; ++j)
-      k[j] = static_cast<const T*>(codes) + static_cast<int64_t>(key + (j < n ? j : 0)) * d;
-    prefetch_row(next, key * row_bytes, n * row_bytes);
-    Vec sums[kQuads][4];
-    for (int g = 0; g < kQuads; ++g)
-      for (int j = 0; j < 4; ++j) sums[g][j] = zero();
-    for (int c = 0; c < whole; c += kLanes) {
-      Vec x[kQ];
-      for (int i = 0; i < kQ; ++i) x[i] = load(q + i * ldq + c);
-      for (int j = 0; j < kKeys; ++j) {
-        const Vec y = Code::load_codes(k[j] + c);
-        for (int i = 0; i < kQ; ++i) sums[i * kGroups + j / 4][j % 4] = fma(x[i], y, sums[i * kGroups + j / 4][j % 4]);
-      }
-    }
-    if (whole < d)
-      for (int j = 0; j < kKeys; ++j) {
-        const Vec y = load_tail<kType>(k[j] + whole, d - whole);
-        for (int i = 0; i < kQ; ++i)
-          sums[i * kGroups + j / 4][j % 4] = fma(load(q + i * ldq + whole), y, sums[i * kGroups + j / 4][j % 4]);
-      }
-    float dots[4 * kQuads];
-    sum_quads(sums, dots);
+  float dots[4 * kQuads];
+  int key = 0;
+  for (; key + kKeys <= count; key += kKeys, k += kKeys * d) {
+    prefetch(next, key * row_bytes, kKeys * row_bytes);
+    dots_of<kType, kQ, kGroups>(k, d, d, q, ldq, dots);
     for (int i = 0; i < kQ; ++i)
-      for (int j = 0; j < n; ++j)
+      for (int j = 0; j < kKeys; ++j)
         out[i * ld + key + j] = kType == DType::kI8 ? dots[i * kKeys + j] * scales[key + j] : dots[i * kKeys + j];
+  }
+  for (; key < count; ++key, k += d) {
+    dots_of<kType, kQ, kGroups>(k, 0, d, q, ldq, dots);
+    for (int i = 0; i < kQ; ++i)
+      out[i * ld + key] = kType == DType::kI8 ? dots[i * kKeys] * scales[key] : dots[i * kKeys];
   }
 }
 
@@ -288,20 +310,27 @@ void values_of(const void* codes, const float* scales, int count, int d, int col
                float* out, int64_t ld_out) {
   using Code = CodeOf<kType>;
   const auto* v = static_cast<const typename Code::T*>(codes) + column;
-  Vec sums[kQ][kW];
+  Vec sums[kQ * kW];
+#pragma GCC unroll 4
   for (int i = 0; i < kQ; ++i)
-    for (int w = 0; w < kW; ++w) sums[i][w] = load(out + i * ld_out + column + w * kLanes);
+#pragma GCC unroll 4
+    for (int w = 0; w < kW; ++w) sums[i * kW + w] = load(out + i * ld_out + column + w * kLanes);
   for (int key = 0; key < count; ++key, v += d) {
     Vec x[kQ];
+#pragma GCC unroll 4
     for (int i = 0; i < kQ; ++i)
       x[i] = set1(kType == DType::kI8 ? p[i * ld + key] * scales[key] : p[i * ld + key]);
+#pragma GCC unroll 4
     for (int w = 0; w < kW; ++w) {
       const Vec y = Code::load_codes(v + w * kLanes);
-      for (int i = 0; i < kQ; ++i) sums[i][w] = fma(x[i], y, sums[i][w]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kQ; ++i) sums[i * kW + w] = fma(x[i], y, sums[i * kW + w]);
     }
   }
+#pragma GCC unroll 4
   for (int i = 0; i < kQ; ++i)
-    for (int w = 0; w < kW; ++w) store(out + i * ld_out + column + w * kLanes, sums[i][w]);
+#pragma GCC unroll 4
+    for (int w = 0; w < kW; ++w) store(out + i * ld_out + column + w * kLanes, sums[i * kW + w]);
 }
 
 template <DType kType, int kQ>
@@ -327,7 +356,7 @@ template <DType kType>
 void values_as(const void* codes, const float* scales, int count, int d, const float* p, int64_t ld, int rows,
                float* out, int64_t ld_out, const void* next) {
   using T = typename CodeOf<kType>::T;
-  prefetch_row(next, 0, static_cast<int64_t>(count) * d * static_cast<int64_t>(sizeof(T)));
+  prefetch(next, 0, static_cast<int64_t>(count) * d * static_cast<int64_t>(sizeof(T)));
   for (; rows >= 4; rows -= 4, p += 4 * ld, out += 4 * ld_out)
     values_rows<kType, 4>(codes, scales, count, d, p, ld, out, ld_out);
   if (rows == 3) values_rows<kType, 3>(codes, scales, count, d, p, ld, out, ld_out);

@@ -65,18 +65,23 @@ inline void store_i8(int8_t* p, Vec a) {
 // dst[c][r] = src[r][c] of a kLanes x kLanes block.
 inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
   __m512 a[16], b[16];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(src + i * ld_src);
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       const __m512d x = _mm512_castps_pd(b[i + j]), y = _mm512_castps_pd(b[i + j + 2]);
       a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
       a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
     }
   // a[4q + c] now holds column c of each of the four 128-bit quarters, for rows 4q … 4q + 3.
+#pragma GCC unroll 16
   for (int c = 0; c < 4; ++c) {
     const __m512 x = _mm512_shuffle_f32x4(a[c], a[c + 4], 0x88), y = _mm512_shuffle_f32x4(a[c], a[c + 4], 0xdd);
     const __m512 z = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0x88),
@@ -87,13 +92,14 @@ inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_d
     _mm512_storeu_ps(dst + (c + 12) * ld_dst, _mm512_shuffle_f32x4(y, w, 0xdd));
   }
 }
-// out[4q + i] = sum of the lanes of a[q][i].
+// out[i] = sum of the lanes of a[i].
 inline constexpr int kQuads = 4;
-inline void sum_quads(const Vec a[kQuads][4], float* out) {
+inline void sum_quads(const Vec a[kQuads * 4], float* out) {
   __m512 u[4];
+#pragma GCC unroll 16
   for (int q = 0; q < 4; ++q) {
-    const __m512 s = _mm512_add_ps(_mm512_unpacklo_ps(a[q][0].v, a[q][1].v), _mm512_unpackhi_ps(a[q][0].v, a[q][1].v));
-    const __m512 t = _mm512_add_ps(_mm512_unpacklo_ps(a[q][2].v, a[q][3].v), _mm512_unpackhi_ps(a[q][2].v, a[q][3].v));
+    const __m512 s = _mm512_add_ps(_mm512_unpacklo_ps(a[4 * q].v, a[4 * q + 1].v), _mm512_unpackhi_ps(a[4 * q].v, a[4 * q + 1].v));
+    const __m512 t = _mm512_add_ps(_mm512_unpacklo_ps(a[4 * q + 2].v, a[4 * q + 3].v), _mm512_unpackhi_ps(a[4 * q + 2].v, a[4 * q + 3].v));
     const __m512d x = _mm512_castps_pd(s), y = _mm512_castps_pd(t);
     u[q] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
   }
@@ -179,9 +185,9 @@ inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_d
   }
 }
 inline constexpr int kQuads = 2;
-inline void sum_quads(const Vec a[kQuads][4], float* out) {
+inline void sum_quads(const Vec a[kQuads * 4], float* out) {
   for (int q = 0; q < 2; ++q) {
-    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a[q][0].v, a[q][1].v), _mm256_hadd_ps(a[q][2].v, a[q][3].v));
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a[4 * q].v, a[4 * q + 1].v), _mm256_hadd_ps(a[4 * q + 2].v, a[4 * q + 3].v));
     _mm_storeu_ps(out + 4 * q, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
   }
 }
@@ -275,9 +281,9 @@ inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_d
     for (int c = 0; c < 4; ++c) dst[c * ld_dst + r] = src[r * ld_src + c];
 }
 inline constexpr int kQuads = 2;
-inline void sum_quads(const Vec a[kQuads][4], float* out) {
+inline void sum_quads(const Vec a[kQuads * 4], float* out) {
   for (int q = 0; q < 2; ++q)
-    for (int i = 0; i < 4; ++i) out[4 * q + i] = sum(a[q][i]);
+    for (int i = 0; i < 4; ++i) out[4 * q + i] = sum(a[4 * q + i]);
 }
 
 #endif
