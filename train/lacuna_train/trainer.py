@@ -20,7 +20,7 @@ from . import evict
 from .feed import Feed, slot_arrays
 from .mixture import draw_step
 from .model import Decoder, ModelConfig, count_parameters, rms_norm, used
-from .optim import make_optimizers
+from .optim import drop_bad_gradients, make_optimizers
 from .tasks import ANSWER, TEXT
 
 LOOK_FROM, LOOK_WEIGHT = 0.10, 0.1
@@ -140,6 +140,7 @@ class Update:
         self.rates = muon_lr, adam_lr
         self.muon, self.adam = make_optimizers(model, [bridge], muon_lr, adam_lr)
         self.parameters = self.adam.param_groups[0]["params"]
+        self.everything = [*model.parameters(), bridge]
         self.graph = None
         if self.parameters[0].is_cuda:
             self.set_factor(0.0)
@@ -157,6 +158,7 @@ class Update:
                 self.adam.state[p]["step"].zero_()
 
     def step(self):
+        drop_bad_gradients(self.everything)
         self.muon.step()
         self.adam.step()
 
@@ -319,7 +321,7 @@ def run(args, begun, out, device, rank, ranks, feed):
         if now - logged >= args.log_seconds or ended:
             text, texts, answer, answers, reply, replies, look, looks = step_of.sums.tolist()
             step_of.sums.zero_()
-            if not math.isfinite(text + answer + reply + look):
+            if not math.isfinite(text + answer + reply + look):  # gradients were dropped, so the weights are bad
                 raise FloatingPointError(f"the loss is not finite at step {step}")
             say(step=step, seconds=clock.seconds(), progress=clock.progress(), tokens=tokens,
                 text=text / max(texts, 1), answer=answer / max(answers, 1), reply=reply / max(replies, 1),
