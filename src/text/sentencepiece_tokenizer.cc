@@ -10,6 +10,7 @@
 #include "text/bpe_parts.h"
 #include "text/piece_decoder.h"
 #include "text/replace.h"
+#include "text/sentencepiece_check.h"
 #include "text/vocabulary.h"
 
 namespace lacuna {
@@ -21,6 +22,7 @@ class SentencePieceTokenizer : public Tokenizer {
  public:
   SentencePieceTokenizer(std::string_view bytes, const std::string& where, const std::optional<ConfigFile>& config)
       : where_(where) {
+    check_sentencepiece_model(bytes, where);
     try {
       const auto status = processor_.LoadFromSerializedProto(std::string_view(bytes));
       if (!status.ok()) throw CorruptData("{}: is not a SentencePiece model: {}", where, status.ToString());
