@@ -141,8 +141,10 @@ int run_tasks(const EvalOptions& o) {
 std::vector<std::string> plain_texts(const EvalOptions& o) {
   std::vector<std::string> texts;
   for (const std::string& file : o.files) texts.push_back(read_text_file(file));
-  if (texts.empty())
-    for (const auto& book : Haystack::open(o.haystack).books()) texts.push_back(book.text);
+  if (texts.empty()) {
+    const Haystack books = Haystack::open(o.haystack);
+    for (const auto& book : books.books()) texts.push_back(book.text);
+  }
   return texts;
 }
 

@@ -38,7 +38,7 @@ struct PromptSpec {
   std::string layout, answer, items, last_item;
   std::vector<std::string> count_words;
   std::map<std::string, Kind> kinds;
-  std::vector<Task> tasks;  // in the file's order
+  std::vector<Task> tasks;  // by name
   std::map<std::string, std::map<std::string, std::vector<Wording>>> wordings;           // [wording][split]
   std::map<std::string, std::vector<std::vector<std::string>>> noise;                    // [split]
   std::map<std::string, std::vector<std::string>> lists;

@@ -71,8 +71,8 @@ class PromptRunner {
   TextCodec codec_;
   std::vector<Variant> variants_;
   RunnerOptions options_;
-  std::vector<std::shared_ptr<const Policy>> policies_;  // each once, whatever its budgets
   std::vector<size_t> policy_of_;                        // [variant]; of no meaning for the full cache
+  std::vector<std::shared_ptr<const Policy>> policies_;  // each once, whatever its budgets; fills policy_of_
   std::shared_ptr<OutputProjections> projections_;
 };
 

@@ -46,7 +46,7 @@ class TaskMaker {
   // BadInput for an unknown task or split, or a length that has no room for the task.
   TaskPrompt make(const Request& request) const;
 
-  // "all", "ruler" (the 14 that the reports' mean is over), or names with commas, in the file's order.
+  // "all", "ruler" (the 14 that the reports' mean is over), or names with commas.
   std::vector<std::string> expand(const std::string& names) const;
   bool takes_depth(const std::string& task) const;
 
