@@ -94,6 +94,20 @@ void visible_slots(const Job& job, const Item& item, int64_t* begin, int64_t* en
   job.counts.pairs.fetch_add(pairs * job.group, std::memory_order_relaxed);
 }
 
+// The columns of a tile at `slot` that rows [row, row + n) see; rows are tokens x group.
+void row_ranges(const int64_t* begin, const int64_t* end, int64_t row, int64_t n, int64_t group, int64_t slot,
+                int64_t columns, int32_t* row_begin, int32_t* row_end) {
+  int64_t t = row / group, j = row % group;
+  for (int64_t i = 0; i < n; ++i) {
+    row_begin[i] = static_cast<int32_t>(std::clamp<int64_t>(begin[t] - slot, 0, columns));
+    row_end[i] = static_cast<int32_t>(std::clamp<int64_t>(end[t] - slot, 0, columns));
+    if (++j == group) {
+      j = 0;
+      ++t;
+    }
+  }
+}
+
 // What an item takes from its thread's workspace; 64 bytes for each part cover the alignment.
 int64_t workspace_bytes(const Job& job, const Item& item) {
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), element = job.tile.element;
@@ -165,11 +179,7 @@ void blocked_item(Context& ctx, const Job& job, const Item& item, int thread) {
         tile.pack_values(unpacked, ld, job.d(), values);
         packed = true;
       }
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t t = (row + i) / job.group;
-        row_begin[i] = static_cast<int32_t>(std::clamp<int64_t>(begin[t] - slot, 0, kKeyTile));
-        row_end[i] = static_cast<int32_t>(std::clamp<int64_t>(end[t] - slot, 0, kKeyTile));
-      }
+      row_ranges(begin, end, row, n, job.group, slot, kKeyTile, row_begin, row_end);
       const auto from = static_cast<int>(std::max<int64_t>(0, lo - slot) / kPad * kPad);
       const auto to = static_cast<int>(round_up(std::min(slot_end, hi) - slot, kPad));
       const auto m = static_cast<int>(n);
@@ -226,13 +236,9 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
                             next_codes(job, head, KvPart::kKeys, at + k.count, slot, slot_end, last));
       at += k.count;
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t t = i / job.group;
-      row_begin[i] = static_cast<int32_t>(std::clamp<int64_t>(begin[t] - slot, 0, kStreamTile));
-      row_end[i] = static_cast<int32_t>(std::clamp<int64_t>(end[t] - slot, 0, kStreamTile));
-    }
-    job.ops.f32.softmax({scores, kStreamTile, m, row_begin, row_end, 0, static_cast<int>(slot_end - slot), job.scale,
-                         max, total, shrink, scores});
+    row_ranges(begin, end, 0, rows, job.group, slot, kStreamTile, row_begin, row_end);
+    const auto to = static_cast<int>(round_up(slot_end - slot, kPad));
+    job.ops.f32.softmax({scores, kStreamTile, m, row_begin, row_end, 0, to, job.scale, max, total, shrink, scores});
     for (int64_t i = 0; i < rows; ++i)
       if (shrink[i] != 1.0f) job.ops.scale_row(sums + i * ld, shrink[i], ld, sums + i * ld);
     for (int64_t at = slot; at < slot_end;) {

@@ -26,7 +26,7 @@ struct SoftmaxStep {
   int rows;
   const int32_t* begin;   // [rows] columns [begin, end) are visible
   const int32_t* end;
-  int from, to;           // columns that are written to p; multiples of kPad
+  int from, to;           // columns that are written to p, all visible ones among them; multiples of kPad
   float scale;            // of the scores, times log2(e)
   float* max;             // [rows] running maximum of scale * score, -inf before the first step
   float* sum;             // [rows] running sum of p

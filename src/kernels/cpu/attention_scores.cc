@@ -77,7 +77,8 @@ void row_statistics(Context& ctx, const AttentionOps& ops, const Rows& rows, int
         end[i] = static_cast<int32_t>(std::clamp<int64_t>(rows.end(t + i) - slot, 0, kKeyTile));
       }
       float shrink[kRowBlock];
-      ops.f32.softmax({k.scores, kKeyTile, static_cast<int>(n), begin, end, 0, 0, scale, max + t, inverse + t, shrink,
+      const auto to = static_cast<int>(round_up(slot_end - slot, kPad));
+      ops.f32.softmax({k.scores, kKeyTile, static_cast<int>(n), begin, end, 0, to, scale, max + t, inverse + t, shrink,
                        k.scores});
     }
   }

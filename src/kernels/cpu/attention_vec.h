@@ -92,21 +92,31 @@ inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_d
     _mm512_storeu_ps(dst + (c + 12) * ld_dst, _mm512_shuffle_f32x4(y, w, 0xdd));
   }
 }
-// out[i] = sum of the lanes of a[i].
-inline constexpr int kQuads = 4;
-inline void sum_quads(const Vec a[kQuads * 4], float* out) {
+// Lane i: a[i]'s lanes, put together by `op` in a fixed tree.
+template <class Op>
+inline Vec fold(const Vec a[16], Op op) {
   __m512 u[4];
 #pragma GCC unroll 16
   for (int q = 0; q < 4; ++q) {
-    const __m512 s = _mm512_add_ps(_mm512_unpacklo_ps(a[4 * q].v, a[4 * q + 1].v), _mm512_unpackhi_ps(a[4 * q].v, a[4 * q + 1].v));
-    const __m512 t = _mm512_add_ps(_mm512_unpacklo_ps(a[4 * q + 2].v, a[4 * q + 3].v), _mm512_unpackhi_ps(a[4 * q + 2].v, a[4 * q + 3].v));
+    const Vec* v = a + 4 * q;
+    const __m512 s = op(_mm512_unpacklo_ps(v[0].v, v[1].v), _mm512_unpackhi_ps(v[0].v, v[1].v));
+    const __m512 t = op(_mm512_unpacklo_ps(v[2].v, v[3].v), _mm512_unpackhi_ps(v[2].v, v[3].v));
     const __m512d x = _mm512_castps_pd(s), y = _mm512_castps_pd(t);
-    u[q] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    u[q] = op(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
   }
-  const __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
-  const __m512 t = _mm512_add_ps(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
-  _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_f32x4(s, t, 0x88), _mm512_shuffle_f32x4(s, t, 0xdd)));
+  const __m512 s = op(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
+  const __m512 t = op(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
+  return {op(_mm512_shuffle_f32x4(s, t, 0x88), _mm512_shuffle_f32x4(s, t, 0xdd))};
 }
+inline Vec sums_of(const Vec a[16]) {
+  return fold(a, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
+}
+inline Vec maxima_of(const Vec a[16]) {
+  return fold(a, [](__m512 x, __m512 y) { return _mm512_max_ps(x, y); });
+}
+// out[i] = sum of the lanes of a[i].
+inline constexpr int kQuads = 4;
+inline void sum_quads(const Vec a[kQuads * 4], float* out) { store(out, sums_of(a)); }
 
 #elif defined(__AVX2__)
 
