@@ -231,7 +231,9 @@ void large_tile(const float* x, int64_t group_words, const Panel<W>& panel, int6
   if (kPack && end > whole) pack_tail<S, Op, W, kCols>(panel, k, whole);
   if (kPack && begin < whole) pack_chunk<S, Op, W, kCols>(panel, k, begin, end, panel.packed);
   V sum[kGroups][kCols];
+#pragma GCC unroll 3
   for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 16
     for (int c = 0; c < kCols; ++c)
       sum[g][c] = begin == 0 ? S::zero() : S::load(sums + g * group_sums + c * S::kLanes);
   for (int64_t word = begin, c = 0; word < end; word += kPanelWords, ++c) {
@@ -241,14 +243,19 @@ void large_tile(const float* x, int64_t group_words, const Panel<W>& panel, int6
     const int64_t inner = end - word < kPanelWords ? end - word : kPanelWords;
     for (int64_t j = 0; j < inner; ++j, x += S::kLanes) {
       V xv[kGroups];
+#pragma GCC unroll 3
       for (int g = 0; g < kGroups; ++g) xv[g] = S::load(x + g * group_words);
+#pragma GCC unroll 16
       for (int n = 0; n < kCols; ++n) {
         const V wv = S::broadcast(w + n * kPanelWords + j);
+#pragma GCC unroll 3
         for (int g = 0; g < kGroups; ++g) sum[g][n] = Op::dot(sum[g][n], xv[g], wv);
       }
     }
   }
+#pragma GCC unroll 3
   for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 16
     for (int c = 0; c < kCols; ++c) S::store(sums + g * group_sums + c * S::kLanes, sum[g][c]);
 }
 

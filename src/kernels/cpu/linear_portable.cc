@@ -11,10 +11,12 @@ struct Portable {
   static constexpr int kRegisters = 16;
 
   static V zero() { return V{}; }
-  static V load(const float* p) { return V{p[0], p[1], p[2], p[3]}; }
-  static void store(float* p, V v) {
-    for (int i = 0; i < kLanes; ++i) p[i] = v[i];
+  static V load(const float* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
   }
+  static void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof(v)); }
   static V broadcast(const float* p) { return V{*p, *p, *p, *p}; }
   static V fma(V sum, V a, V b) { return sum + a * b; }
   static V add(V a, V b) { return a + b; }
