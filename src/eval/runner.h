@@ -32,7 +32,7 @@ struct RunnerOptions {
   FirstToken first_token = FirstToken::kDense;
   // The context is compressed before the question is known, then the question is read. Reported apart.
   bool query_agnostic = false;
-  std::string replay_prompt = "\n\nRepeat the text above, word for word:";  // kvzip reads it before each chunk
+  std::string replay_prompt = "\n\nRepeat the previous context exactly.\n";  // kvzip reads it before each chunk
 };
 
 struct VariantResult {
