@@ -228,6 +228,7 @@ void add_exponentials(const float* scores, int64_t count, float scale, float max
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops the call.
 [[gnu::always_inline]] inline void prefetch(const void* next, int64_t offset, int64_t bytes) {
   if (!next) return;
+  // Rows shorter than a line ask for it more than once, which costs an instruction, not a transfer.
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(next) + offset + b);
 }
 
@@ -307,15 +308,17 @@ void stream_scores(DType dtype, const void* codes, const float* scales, int coun
 // kQ rows of out, kW vectors of columns: 4 x 4 sums, one value vector widened for kQ queries.
 template <DType kType, int kQ, int kW>
 void values_of(const void* codes, const float* scales, int count, int d, int column, const float* p, int64_t ld,
-               float* out, int64_t ld_out) {
+               float* out, int64_t ld_out, const void* next) {
   using Code = CodeOf<kType>;
   const auto* v = static_cast<const typename Code::T*>(codes) + column;
+  const int64_t row_bytes = static_cast<int64_t>(d) * static_cast<int64_t>(sizeof(typename Code::T));
   Vec sums[kQ * kW];
 #pragma GCC unroll 4
   for (int i = 0; i < kQ; ++i)
 #pragma GCC unroll 4
     for (int w = 0; w < kW; ++w) sums[i * kW + w] = load(out + i * ld_out + column + w * kLanes);
   for (int key = 0; key < count; ++key, v += d) {
+    prefetch(next, key * row_bytes, row_bytes);
     Vec x[kQ];
 #pragma GCC unroll 4
     for (int i = 0; i < kQ; ++i)
@@ -335,10 +338,12 @@ void values_of(const void* codes, const float* scales, int count, int d, int col
 
 template <DType kType, int kQ>
 void values_rows(const void* codes, const float* scales, int count, int d, const float* p, int64_t ld, float* out,
-                 int64_t ld_out) {
+                 int64_t ld_out, const void* next) {
   int c = 0;
-  for (; c + 4 * kLanes <= d; c += 4 * kLanes) values_of<kType, kQ, 4>(codes, scales, count, d, c, p, ld, out, ld_out);
-  for (; c + kLanes <= d; c += kLanes) values_of<kType, kQ, 1>(codes, scales, count, d, c, p, ld, out, ld_out);
+  for (; c + 4 * kLanes <= d; c += 4 * kLanes, next = nullptr)
+    values_of<kType, kQ, 4>(codes, scales, count, d, c, p, ld, out, ld_out, next);
+  for (; c + kLanes <= d; c += kLanes, next = nullptr)
+    values_of<kType, kQ, 1>(codes, scales, count, d, c, p, ld, out, ld_out, next);
   if (c < d) {
     const auto* v = static_cast<const typename CodeOf<kType>::T*>(codes) + c;
     for (int key = 0; key < count; ++key, v += d) {
@@ -355,13 +360,11 @@ void values_rows(const void* codes, const float* scales, int count, int d, const
 template <DType kType>
 void values_as(const void* codes, const float* scales, int count, int d, const float* p, int64_t ld, int rows,
                float* out, int64_t ld_out, const void* next) {
-  using T = typename CodeOf<kType>::T;
-  prefetch(next, 0, static_cast<int64_t>(count) * d * static_cast<int64_t>(sizeof(T)));
-  for (; rows >= 4; rows -= 4, p += 4 * ld, out += 4 * ld_out)
-    values_rows<kType, 4>(codes, scales, count, d, p, ld, out, ld_out);
-  if (rows == 3) values_rows<kType, 3>(codes, scales, count, d, p, ld, out, ld_out);
-  if (rows == 2) values_rows<kType, 2>(codes, scales, count, d, p, ld, out, ld_out);
-  if (rows == 1) values_rows<kType, 1>(codes, scales, count, d, p, ld, out, ld_out);
+  for (; rows >= 4; rows -= 4, p += 4 * ld, out += 4 * ld_out, next = nullptr)
+    values_rows<kType, 4>(codes, scales, count, d, p, ld, out, ld_out, next);
+  if (rows == 3) values_rows<kType, 3>(codes, scales, count, d, p, ld, out, ld_out, next);
+  if (rows == 2) values_rows<kType, 2>(codes, scales, count, d, p, ld, out, ld_out, next);
+  if (rows == 1) values_rows<kType, 1>(codes, scales, count, d, p, ld, out, ld_out, next);
 }
 
 void stream_values(DType dtype, const void* codes, const float* scales, int count, int d, const float* p, int64_t ld,
