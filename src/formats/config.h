@@ -1,3 +1,4 @@
+// formats: safetensors, config.json, sampling parameters: code that parses untrusted bytes.
 #pragma once
 
 #include <cstdint>

@@ -8,6 +8,12 @@
 namespace lacuna {
 namespace {
 
+std::string cut(const std::string& text, size_t limit = 80) {
+  if (text.size() <= limit) return text;
+  while (limit > 0 && (static_cast<uint8_t>(text[limit]) & 0xC0) == 0x80) --limit;  // not inside a character
+  return text.substr(0, limit) + "...";
+}
+
 // Builds the document from parser events; the parser itself keeps its own stack on the heap.
 class Builder : public nlohmann::json_sax<Json> {
  public:
@@ -27,18 +33,14 @@ class Builder : public nlohmann::json_sax<Json> {
 
   bool key(string_t& value) override {
     auto [slot, added] = open_.back()->get_ref<Json::object_t&>().try_emplace(value);
-    if (!added) throw CorruptData("{}: key '{}' occurs twice in one object", where_, cut(value));
+    if (!added) throw CorruptData("{}: key '{}' occurs twice in one object", where_, name_excerpt(value));
     member_ = &slot->second;
     return true;
   }
 
   bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& error) override {
+    // The parser quotes the token it stopped at, which can be as long as the file.
     throw CorruptData("{}: not valid JSON at byte {}: {}", where_, position, cut(error.what(), 200));
-  }
-
-  // The parser quotes the token it stopped at, which can be as long as the file.
-  static std::string cut(const std::string& text, size_t limit = 80) {
-    return text.size() <= limit ? text : text.substr(0, limit) + "...";
   }
 
  private:
@@ -92,9 +94,13 @@ Json parse_json(std::string_view text, std::string_view where) {
 }
 
 std::string json_excerpt(const Json& value) {
-  std::string text = value.dump(-1, ' ', /*ensure_ascii=*/true, Json::error_handler_t::replace);
-  if (text.size() > 80) text = text.substr(0, 77) + "...";
-  return text;
+  return cut(value.dump(-1, ' ', /*ensure_ascii=*/true, Json::error_handler_t::replace));
+}
+
+std::string name_excerpt(std::string_view name) {
+  // As JSON text without its quotes; cut before, so that a huge name is never copied whole.
+  const std::string quoted = Json(name.substr(0, 100)).dump(-1, ' ', false, Json::error_handler_t::replace);
+  return cut(quoted.substr(1, quoted.size() - 2));
 }
 
 }  // namespace lacuna

@@ -1,4 +1,3 @@
-// formats: safetensors, config.json, sampling parameters: code that parses untrusted bytes.
 #pragma once
 
 #include <string>
@@ -21,5 +20,7 @@ Json parse_json(std::string_view text, std::string_view where);
 
 // The value as text for a message, cut to a readable length.
 std::string json_excerpt(const Json& value);
+// A name out of a file for a message: cut likewise, control characters escaped.
+std::string name_excerpt(std::string_view name);
 
 }  // namespace lacuna

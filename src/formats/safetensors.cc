@@ -42,7 +42,7 @@ void ModelFiles::add(const fs::path& path) {
   for (const auto& [tensor, unused] : files_.back().entries()) {
     const auto [at, added] = where_.emplace(tensor, files_.size() - 1);
     if (!added)
-      throw CorruptData("{}: tensor '{}' stands in two files, {} and {}", directory_, tensor,
+      throw CorruptData("{}: tensor '{}' stands in two files, {} and {}", directory_, name_excerpt(tensor),
                         files_[at->second].name(), files_.back().name());
   }
 }
@@ -88,23 +88,24 @@ ModelFiles ModelFiles::open(const fs::path& directory) {
   std::set<std::string> shards;
   for (const auto& [tensor, value] : map->items()) {
     if (!value.is_string())
-      throw CorruptData("{}: weight_map['{}'] is {}, expected a file name", where, tensor, json_excerpt(value));
+      throw CorruptData("{}: weight_map['{}'] is {}, expected a file name", where, name_excerpt(tensor), json_excerpt(value));
     const auto& shard = value.get_ref<const std::string&>();
     // A name with a folder in it could make a downloaded index read any file of the machine.
     if (shard.empty() || shard.find('/') != std::string::npos || shard.find('\0') != std::string::npos)
-      throw CorruptData("{}: weight_map['{}'] is {}, expected a plain file name", where, tensor, json_excerpt(value));
+      throw CorruptData("{}: weight_map['{}'] is {}, expected a plain file name", where, name_excerpt(tensor), json_excerpt(value));
     shards.insert(shard);
   }
   for (const auto& shard : shards) {
     if (!fs::exists(directory / shard, ignored))
-      throw CorruptData("{}: names the shard '{}', which is not in {}", where, shard, directory.string());
+      throw CorruptData("{}: names the shard '{}', which is not in {}", where, name_excerpt(shard), directory.string());
     model.add(directory / shard);
   }
   for (const auto& [tensor, value] : map->items()) {
     const auto found = model.where_.find(tensor);
     const auto& shard = value.get_ref<const std::string&>();
     if (found == model.where_.end() || fs::path(model.files_[found->second].name()).filename() != shard)
-      throw CorruptData("{}: says tensor '{}' is in '{}', which has no such tensor", where, tensor, shard);
+      throw CorruptData("{}: says tensor '{}' is in '{}', which has no such tensor", where, name_excerpt(tensor),
+                        name_excerpt(shard));
   }
   return model;
 }

@@ -51,7 +51,7 @@ class HeaderReader {
     for (const auto& [key, unused] : value.items())
       if (key != "dtype" && key != "shape" && key != "data_offsets")
         throw CorruptData("{}: tensor '{}' has the unknown field '{}', expected dtype, shape and data_offsets", file_,
-                          tensor, key);
+                          name_excerpt(tensor), name_excerpt(key));
     SafetensorsFile::Entry entry;
     entry.dtype = dtype(tensor, member(tensor, value, "dtype"));
     uint64_t expected = dtype_size(entry.dtype);
@@ -74,7 +74,7 @@ class HeaderReader {
       wrong(tensor, "data_offsets", offsets, fmt::format("begin ≤ end ≤ {}, the bytes of data in the file", data_bytes_));
     if (range.end - range.begin != expected)
       throw CorruptData("{}: tensor '{}': data_offsets {} span {} bytes, expected {} for dtype {} and shape {}", file_,
-                        tensor, json_excerpt(offsets), range.end - range.begin, expected,
+                        name_excerpt(tensor), json_excerpt(offsets), range.end - range.begin, expected,
                         safetensors_dtype(entry.dtype), json_excerpt(shape));
     return {std::move(entry), range};
   }
@@ -82,7 +82,7 @@ class HeaderReader {
  private:
   const Json& member(const std::string& tensor, const Json& value, const char* field) const {
     const auto found = value.find(field);
-    if (found == value.end()) throw CorruptData("{}: tensor '{}' has no field '{}'", file_, tensor, field);
+    if (found == value.end()) throw CorruptData("{}: tensor '{}' has no field '{}'", file_, name_excerpt(tensor), field);
     return *found;
   }
   DType dtype(const std::string& tensor, const Json& value) const {
@@ -91,12 +91,12 @@ class HeaderReader {
     for (const auto& [name, dtype] : kDTypes)
       if (name == text) return dtype;
     if (std::find(kForeignDTypes.begin(), kForeignDTypes.end(), text) != kForeignDTypes.end())
-      throw Unsupported("{}: tensor '{}' has dtype {}, which this build cannot read", file_, tensor, text);
+      throw Unsupported("{}: tensor '{}' has dtype {}, which this build cannot read", file_, name_excerpt(tensor), text);
     wrong(tensor, "dtype", value, "F32, F16, BF16, F64, BOOL, or I or U with 8, 16, 32 or 64");
   }
   [[noreturn]] void wrong(const std::string& tensor, const char* field, const Json& found,
                           std::string_view expected) const {
-    throw CorruptData("{}: tensor '{}': {} is {}, expected {}", file_, tensor, field, json_excerpt(found), expected);
+    throw CorruptData("{}: tensor '{}': {} is {}, expected {}", file_, name_excerpt(tensor), field, json_excerpt(found), expected);
   }
 
   const std::string& file_;
@@ -143,7 +143,7 @@ void SafetensorsFile::parse() {
     if (tensor == "__metadata__") {
       if (!value.is_object()) throw CorruptData("{}: __metadata__ is not an object of texts", name_);
       for (const auto& [key, item] : value.items()) {
-        if (!item.is_string()) throw CorruptData("{}: __metadata__ field '{}' is not a text", name_, key);
+        if (!item.is_string()) throw CorruptData("{}: __metadata__ field '{}' is not a text", name_, name_excerpt(key));
         metadata_.emplace(key, item.get<std::string>());
       }
       continue;
@@ -161,10 +161,10 @@ void SafetensorsFile::parse() {
   for (const Range& range : ranges) {
     if (range.begin < at)
       throw CorruptData("{}: tensor '{}' begins at byte {} and overlaps tensor '{}', which ends at {}", name_,
-                        *range.tensor, range.begin, *before, at);
+                        name_excerpt(*range.tensor), range.begin, name_excerpt(*before), at);
     if (range.begin > at)
       throw CorruptData("{}: tensor '{}' begins at byte {}, expected {}: no tensor covers the bytes between", name_,
-                        *range.tensor, range.begin, at);
+                        name_excerpt(*range.tensor), range.begin, at);
     at = range.end;
     before = range.tensor;
   }
@@ -177,7 +177,7 @@ void SafetensorsFile::parse() {
     try {
       copies_.push_back(std::make_unique_for_overwrite<std::byte[]>(entry.data.size()));
     } catch (const std::bad_alloc&) {
-      throw OutOfMemory("{}: no memory to copy the misaligned tensor '{}' of {} bytes", name_, tensor,
+      throw OutOfMemory("{}: no memory to copy the misaligned tensor '{}' of {} bytes", name_, name_excerpt(tensor),
                         entry.data.size());
     }
     std::copy(entry.data.begin(), entry.data.end(), copies_.back().get());

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "base/error.h"
+#include "formats/json.h"
 #include "text/utf8.h"
 
 namespace lacuna {
@@ -43,7 +44,7 @@ Bpe::Bpe(const Vocabulary& vocabulary, const std::vector<std::pair<std::string, 
     const auto id = vocabulary.id(piece);
     if (!id)
       throw CorruptData("{}: merge {} ('{}' + '{}') needs the token '{}', which the vocabulary does not have", where,
-                        rank, merges[rank].first.substr(0, 80), merges[rank].second.substr(0, 80), piece.substr(0, 80));
+                        rank, name_excerpt(merges[rank].first), name_excerpt(merges[rank].second), name_excerpt(piece));
     return *id;
   };
   for (size_t rank = 0; rank < merges.size(); ++rank) {

@@ -16,7 +16,7 @@ void add_all(const Json& table, const std::string& where, Vocabulary& vocabulary
   std::vector<std::pair<int64_t, const std::string*>> by_id;
   for (const auto& [piece, id] : table.get_ref<const Json::object_t&>()) {
     if (!id.is_number_integer())
-      throw CorruptData("{}: token '{}' has the id {}, expected an integer", where, piece.substr(0, 80),
+      throw CorruptData("{}: token '{}' has the id {}, expected an integer", where, name_excerpt(piece),
                         json_excerpt(id));
     by_id.emplace_back(id.get<int64_t>(), &piece);
   }
@@ -102,7 +102,7 @@ BpeParts parse_gpt2_parts(std::string_view vocab, const std::string& vocab_path,
     if (line.empty() || line.starts_with("#version")) continue;
     const size_t blank = line.find(' ');
     if (blank == std::string_view::npos || line.find(' ', blank + 1) != std::string_view::npos)
-      throw CorruptData("{}: line {} is '{}', expected two tokens", merges_path, number, line.substr(0, 80));
+      throw CorruptData("{}: line {} is '{}', expected two tokens", merges_path, number, name_excerpt(line));
     parts.merges.emplace_back(line.substr(0, blank), line.substr(blank + 1));
   }
   return parts;

@@ -4,6 +4,7 @@
 #include <pcre2.h>
 
 #include "base/error.h"
+#include "formats/json.h"
 
 namespace lacuna {
 namespace {
@@ -97,7 +98,7 @@ Regex::Regex(const std::string& pattern, const std::string& where) : code_(std::
   code_->code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(plain.data()), plain.size(),
                               PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C, &error, &offset, nullptr);
   if (!code_->code)
-    throw CorruptData("{}: pattern '{}' does not compile at byte {}: {}", where, plain.substr(0, 200), offset,
+    throw CorruptData("{}: pattern '{}' does not compile at byte {}: {}", where, name_excerpt(plain), offset,
                       message(error));
   code_->where = where;
   pcre2_jit_compile(code_->code, PCRE2_JIT_COMPLETE);  // where it fails, matching is slower and the same

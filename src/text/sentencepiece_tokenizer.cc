@@ -6,6 +6,7 @@
 #include <sentencepiece_processor.h>
 
 #include "base/error.h"
+#include "formats/json.h"
 #include "text/added_tokens.h"
 #include "text/bpe_parts.h"
 #include "text/piece_decoder.h"
@@ -93,7 +94,8 @@ class SentencePieceTokenizer : public Tokenizer {
   std::string surface(int id, const std::string& piece) const {
     if (processor_.IsByte(id)) {
       const int byte = byte_of_fallback_piece(piece);
-      if (byte < 0) throw CorruptData("{}: byte piece {} is '{}', expected <0x00> to <0xFF>", where_, id, piece);
+      if (byte < 0) throw CorruptData("{}: byte piece {} is '{}', expected <0x00> to <0xFF>", where_, id,
+                                      name_excerpt(piece));
       return std::string(1, static_cast<char>(byte));
     }
     if (processor_.IsUnknown(id)) return " \xE2\x81\x87 ";  // ⁇, the library's default surface

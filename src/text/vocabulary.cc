@@ -3,6 +3,7 @@
 #include <array>
 
 #include "base/error.h"
+#include "formats/json.h"
 #include "text/utf8.h"
 
 namespace lacuna {
@@ -11,15 +12,15 @@ void Vocabulary::add(std::string_view piece, int64_t id, std::string_view where)
   // Real vocabularies have few holes: a million ids of slack is far more than any.
   const int64_t limit = 1'000'000 + 4 * static_cast<int64_t>(ids_.size());
   if (id < 0 || id >= limit)
-    throw CorruptData("{}: token '{}' has id {}, expected 0 to {}", where, piece.substr(0, 80), id, limit - 1);
+    throw CorruptData("{}: token '{}' has id {}, expected 0 to {}", where, name_excerpt(piece), id, limit - 1);
   const auto slot = static_cast<size_t>(id);
   if (slot < pieces_.size() && pieces_[slot].data() != nullptr) {
     if (pieces_[slot] == piece) return;
-    throw CorruptData("{}: tokens '{}' and '{}' have the same id {}", where, pieces_[slot].substr(0, 80),
-                      piece.substr(0, 80), id);
+    throw CorruptData("{}: tokens '{}' and '{}' have the same id {}", where, name_excerpt(pieces_[slot]),
+                      name_excerpt(piece), id);
   }
   if (ids_.contains(piece))
-    throw CorruptData("{}: token '{}' has two ids, {} and {}", where, piece.substr(0, 80), ids_.at(piece), id);
+    throw CorruptData("{}: token '{}' has two ids, {} and {}", where, name_excerpt(piece), ids_.at(piece), id);
   const std::string_view text = texts_.emplace_back(piece);
   if (slot >= pieces_.size()) pieces_.resize(slot + 1);
   pieces_[slot] = text;
