@@ -1,5 +1,6 @@
 // lacuna run: generate text, with the cache as small as asked, and say what it cost.
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <sstream>
@@ -27,6 +28,7 @@ std::string read_text(const std::string& path) {
   if (path == "-") {
     out << std::cin.rdbuf();
   } else {
+    if (std::filesystem::is_directory(path)) throw BadInput("{}: found a folder, expected a text file", path);
     std::ifstream in(path, std::ios::binary);
     if (!in) throw IoError("{}: cannot be opened for reading", path);
     out << in.rdbuf();
@@ -53,7 +55,7 @@ struct Outcome {
   GenerateStats stats;
 };
 
-nlohmann::json outcome_json(const Outcome& o, const MachineLimits& limits, const Engine& engine) {
+nlohmann::json outcome_json(const Outcome& o, const MachineLimits& limits, const Engine& engine, size_t resident) {
   nlohmann::json out;
   out["policy"] = o.variant.policy;
   if (!o.variant.full()) out["budget"] = o.variant.budget;
@@ -82,7 +84,7 @@ nlohmann::json outcome_json(const Outcome& o, const MachineLimits& limits, const
                    {"machine_read_bytes_per_second", limits.read_bytes_per_s}};
   out["kv_peak_bytes"] = o.stats.kv_peak_bytes;
   out["memory"] = memory_json(engine.memory);
-  out["peak_rss_bytes"] = peak_rss();
+  out["peak_rss_bytes"] = resident;
   return out;
 }
 
@@ -169,7 +171,6 @@ int run_command(const RunOptions& o) {
     r.prompt = o.ask_later ? context_ids : tokenizer->encode(context + text, true);
     requests.push_back(std::move(r));
   }
-  const MachineLimits limits = o.quiet ? MachineLimits{} : measure_machine(engine.ctx, 0.3);
 
   AutoregressiveGenerator generator(engine.ctx, *engine.model, *tokenizer, config.eos_ids, engine.kv, engine.prefill);
   const bool stream = !o.json && variants.size() == 1 && requests.size() == 1;
@@ -202,6 +203,14 @@ int run_command(const RunOptions& o) {
     outcomes.push_back(std::move(outcome));
   }
 
+  // Last, because the test's own buffer would count as this run's memory.
+  const size_t resident = peak_rss();
+  MachineLimits limits;
+  if (!o.quiet) try {
+      limits = measure_machine(engine.ctx, 0.3);
+    } catch (const OutOfMemory&) {  // --memory-limit leaves no room for it: rates stand alone then
+    }
+
   for (const auto& r : outcomes[0].results) {
     if (!r.eviction) continue;
     if (!o.kept_file.empty()) write_kept_json(*r.eviction, o.kept_file);
@@ -210,7 +219,7 @@ int run_command(const RunOptions& o) {
   }
   if (o.json) {
     nlohmann::json out = {{"model", engine.model->info().architecture}, {"load_seconds", engine.load_seconds}};
-    for (const auto& outcome : outcomes) out["runs"].push_back(outcome_json(outcome, limits, engine));
+    for (const auto& outcome : outcomes) out["runs"].push_back(outcome_json(outcome, limits, engine, resident));
     print_out(out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
     return 0;
   }
@@ -225,7 +234,7 @@ int run_command(const RunOptions& o) {
       print_out(fmt::format("[{}] {}\n", i + 1, outcomes[0].results[i].text));
   if (!o.quiet) {
     print_summary(outcomes[0], limits);
-    fmt::print(stderr, "process peak {} resident, {} of it mapped weights\n", human_bytes(static_cast<double>(peak_rss())),
+    fmt::print(stderr, "process peak {} resident, {} of it mapped weights\n", human_bytes(static_cast<double>(resident)),
                human_bytes(static_cast<double>(engine.memory.now(MemoryTag::kWeights))));
   }
   return 0;
