@@ -81,16 +81,15 @@ const BudgetPlan& Evictor::plan(const SequenceState& state, int64_t prompt_token
   limit.stored = sizes_after(state, state.next_position, prompt_tokens, false);
   plan_ = plan_budget(budget_, rule_, state.kv.shape(), sizes_after(state, state.next_position, prompt_tokens, true), limit);
   planned_ = true;
+  new_tokens_ = new_tokens;
   report_.prompt_tokens = prompt_tokens;
   return plan_;
 }
 
 void Evictor::begin_call(const LayerTap& tap, const SequenceState& state) {
   if (!prefilled_) {
-    if (!planned_) {
-      // The first chunk is in already, but next_position still stands before the call.
-      plan(state, tap.call_tokens);
-    }
+    // The first chunk is in already, but next_position still stands before the call.
+    if (!planned_ || report_.prompt_tokens != tap.call_tokens) plan(state, tap.call_tokens, new_tokens_);
     if (plan_.evict && !needs_.replay) begin_round(sizes_after(state, tap.first_position, tap.call_tokens, true), plan_);
     return;
   }

@@ -72,6 +72,7 @@ class Evictor : public LayerObserver {
 
   bool planned_ = false, prefilled_ = false;
   BudgetPlan plan_;
+  int64_t new_tokens_ = 0;
   int64_t tokens_since_round_ = 0;
 
   // The round in progress.
