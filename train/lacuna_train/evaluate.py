@@ -124,7 +124,7 @@ class Generator:
                 q = q.view(rows, groups, repeat, d)
                 end = at + 1
                 logits = (q @ self.keys[index, :, :, :end].mT).float() * d ** -0.5 + masks[index][..., :end]
-                mixed = logits.softmax(-1).to(x.dtype) @ self.values[index, :, :, :end]
+                mixed = logits.softmax(-1).to(m.compute) @ self.values[index, :, :, :end]
                 x = m.rest(layer, x, mixed.reshape(rows, -1), compiled=False)
             token = m.logits(x).argmax(-1)
             out.append(token)

@@ -91,7 +91,7 @@ def reply_states(model, reply_ids, first, keys, values, biases):
         old_k, old_v = (t.permute(0, 2, 1, 3)[:, :, None] for t in (old_k, old_v))
         to_prompt = (q @ old_k.mT).float() * d ** -0.5 + bias[:, :, None, None]
         to_reply = ((q @ k.mT).float() * d ** -0.5).masked_fill(later, float("-inf"))
-        weights = torch.cat([to_prompt, to_reply], dim=-1).softmax(-1).to(x.dtype)
+        weights = torch.cat([to_prompt, to_reply], dim=-1).softmax(-1).to(v.dtype)
         n = old_k.shape[-2]
         mixed = weights[..., :n] @ old_v + weights[..., n:] @ v
         x = model.rest(layer, x, mixed.permute(0, 3, 1, 2, 4).reshape(rows * size, -1), compiled=False)

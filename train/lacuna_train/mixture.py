@@ -14,15 +14,15 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 # come more often at first (EARLY, until that share of the run).
 MIX = {"plain": 14, "single": 9, "multikey": 9, "needle_haystack": 10, "multivalue": 10, "multiquery": 7,
        "variables": 13, "json": 9, "common": 8, "frequent": 5, "passkey": 2, "qa": 4}
-EARLY = 0.08
+EARLY = 0.1
 EARLY_FACTOR = {"needle_haystack": 2.5, "json": 3.5, "variables": 0.5, "common": 0.5}
 
 # Longest length so far, by share of the run; from then on it takes LONGEST_SHARE of the tokens.
-STAGES = ((0.04, 512), (0.08, 1024), (0.16, 2048), (0.36, 4096), (0.64, 8192), (1.01, 16384))
+STAGES = ((0.08, 512), (0.14, 1024), (0.24, 2048), (0.46, 4096), (0.74, 8192), (1.01, 16384))
 LONGEST_SHARE = {512: 1.0, 1024: 0.6, 2048: 0.5, 4096: 0.45, 8192: 0.4, 16384: 0.27}
 
 # Steps that train for eviction (see evict.py): from this share of the run on, so many of all steps.
-EVICT_FROM, EVICT_SHARE = 0.40, 0.15
+EVICT_FROM, EVICT_SHARE = 0.50, 0.12
 
 WEIGHT_FRAME = 0.1
 ANSWER_SHARE = 0.4  # of the weight of everything else in the batch

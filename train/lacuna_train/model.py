@@ -2,7 +2,8 @@
 
 Token-wise work runs on tokens flattened to [T, D], whatever the row length, so
 that one compiled body serves every length; only attention sees rows.
-Parameters are float32 and are used in `compute` precision. With `rounding` on,
+Parameters are float32 and matrix products run in `compute` precision; the residual
+stream stays float32, or bfloat16 rounding swallows small contributions. With `rounding` on,
 a matrix is used as its int8 export would be (scale per row, straight-through
 gradient), so the last part of training sees the weights that ship.
 """
@@ -44,9 +45,8 @@ def used(weight, rounding, dtype):
     return (weight + rounding * (round_rows(weight) - weight).detach()).to(dtype)
 
 
-def rms_norm(x, weight, eps):
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+def rms_norm(x, weight, eps, dtype):
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
 
 
 def rotate(x, cos, sin):
@@ -56,11 +56,11 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def before_attention(x, norm, wq, bq, wk, bk, wv, bv, cos, sin, rounding, heads, groups, eps):
+def before_attention(x, norm, wq, bq, wk, bk, wv, bv, cos, sin, rounding, heads, groups, eps, dtype):
     """x [T, D] -> q [T, H, d], k and v [T, G, d], keys and queries rotated."""
-    h = rms_norm(x, norm, eps)
-    weight = torch.cat([used(w, rounding, x.dtype) for w in (wq, wk, wv)])
-    qkv = h @ weight.T + torch.cat([bq, bk, bv]).to(x.dtype)
+    h = rms_norm(x, norm, eps, dtype)
+    weight = torch.cat([used(w, rounding, dtype) for w in (wq, wk, wv)])
+    qkv = h @ weight.T + torch.cat([bq, bk, bv]).to(dtype)
     q, k, v = qkv.split([wq.shape[0], wk.shape[0], wv.shape[0]], dim=-1)
     q, k, v = (t.unflatten(-1, (n, -1)) for t, n in ((q, heads), (k, groups), (v, groups)))
     return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
@@ -68,15 +68,16 @@ def before_attention(x, norm, wq, bq, wk, bk, wv, bv, cos, sin, rounding, heads,
 
 def after_attention(x, mixed, wo, norm, wg, wu, wd, rounding, eps):
     """Output projection, residual, gated feed-forward, residual. x and mixed [T, D]."""
-    x = x + mixed @ used(wo, rounding, x.dtype).T
-    h = rms_norm(x, norm, eps)
-    gate, up = (h @ torch.cat([used(wg, rounding, x.dtype), used(wu, rounding, x.dtype)]).T).chunk(2, dim=-1)
-    return x + (F.silu(gate) * up) @ used(wd, rounding, x.dtype).T
+    dtype = mixed.dtype
+    x = x + mixed @ used(wo, rounding, dtype).T
+    h = rms_norm(x, norm, eps, dtype)
+    gate, up = (h @ torch.cat([used(wg, rounding, dtype), used(wu, rounding, dtype)]).T).chunk(2, dim=-1)
+    return x + (F.silu(gate) * up) @ used(wd, rounding, dtype).T
 
 
-def token_losses(x, norm, embedding, targets, rounding, eps):
+def token_losses(x, norm, embedding, targets, rounding, eps, dtype):
     """Cross-entropy of every token, [T]."""
-    logits = rms_norm(x, norm, eps) @ used(embedding, rounding, x.dtype).T
+    logits = rms_norm(x, norm, eps, dtype) @ used(embedding, rounding, dtype).T
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
@@ -132,13 +133,13 @@ class Decoder(nn.Module):
         self._before, self._after, self._losses = wrap(before_attention), wrap(after_attention), wrap(token_losses)
 
     def embed(self, ids):
-        return F.embedding(ids, used(self.embed_tokens.weight, self.rounding, self.compute))
+        return F.embedding(ids, used(self.embed_tokens.weight, self.rounding, torch.float32))
 
     def qkv(self, layer, x, positions, compiled=True):
         c = self.config
         body = self._before if compiled else before_attention
         return body(x, *layer.attention_weights(), self.cos[positions], self.sin[positions], self.rounding,
-                    c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps)
+                    c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps, self.compute)
 
     def rest(self, layer, x, mixed, compiled=True):
         body = self._after if compiled else after_attention
@@ -172,10 +173,11 @@ class Decoder(nn.Module):
 
     def losses(self, x, targets, compiled=True):
         body = self._losses if compiled else token_losses
-        return body(x, self.norm.weight, self.embed_tokens.weight, targets, self.rounding, self.config.rms_norm_eps)
+        return body(x, self.norm.weight, self.embed_tokens.weight, targets, self.rounding, self.config.rms_norm_eps,
+                    self.compute)
 
     def logits(self, x):
-        h = rms_norm(x, self.norm.weight, self.config.rms_norm_eps)
+        h = rms_norm(x, self.norm.weight, self.config.rms_norm_eps, self.compute)
         return (h @ used(self.embed_tokens.weight, self.rounding, self.compute).T).float()
 
 

@@ -21,27 +21,42 @@ def polar_factor(batch):
     return x.mT if tall else x
 
 
+# Decay per step and unit of rate. Without it queries and keys grow all through the
+# run until attention logits reach the thousands, each step turns attention by more,
+# and after a few thousand steps the loss rises again; so those two decay faster.
+DECAY, DECAY_QUERY_KEY = 0.03, 0.1
+
+
 class Muon:
     """Momentum, then the polar factor of the result as the step. Matrices of one shape go together."""
 
-    def __init__(self, parameters, lr, momentum=0.95):
+    def __init__(self, named, lr, momentum=0.95):
         self.momentum = momentum
         self.groups = {}
-        for p in parameters:
+        decays = {True: [], False: []}
+        for name, p in named:
             self.groups.setdefault(tuple(p.shape), []).append(p)
+            decays["q_proj" in name or "k_proj" in name].append(p)
+        self.decays = [(DECAY_QUERY_KEY, decays[True]), (DECAY, decays[False])]
         device = next(iter(self.groups.values()))[0].device
         self.lr = torch.tensor(float(lr), device=device)
+        # 0 for a batch whose gradients are not finite: the polar factor has no scale, so that a zero
+        # gradient would still take a full step along the old momentum.
+        self.valid = torch.ones((), device=device)
         self.buffers = {s: torch.zeros(len(ps), *s, device=device) for s, ps in self.groups.items()}
 
     @torch.no_grad()
     def step(self):
+        rate = self.lr * self.valid
+        for decay, parameters in self.decays:
+            torch._foreach_mul_(parameters, 1 - rate * decay)
         for shape, parameters in self.groups.items():
             gradient = torch.stack([p.grad for p in parameters])
             buffer = self.buffers[shape]
-            buffer.lerp_(gradient, 1 - self.momentum)
+            buffer.lerp_(gradient, (1 - self.momentum) * self.valid)
             update = polar_factor(gradient.lerp(buffer, self.momentum)).float()
             # A wide matrix and a tall one should change their outputs alike.
-            update *= -self.lr * max(1.0, shape[0] / shape[1]) ** 0.5
+            update *= -rate * max(1.0, shape[0] / shape[1]) ** 0.5
             torch._foreach_add_(parameters, list(update.unbind()))
 
     def state_dict(self):
@@ -54,17 +69,18 @@ class Muon:
 
 @torch.no_grad()
 def drop_bad_gradients(parameters):
-    """Sets every gradient to 0 if any is not finite: one bad batch must not end a run."""
+    """Sets every gradient to 0 if any is not finite; returns 1 if all were finite, else 0."""
     finite = torch.stack(torch._foreach_norm([p.grad for p in parameters])).sum().isfinite()
     zero = torch.zeros((), device=finite.device)
     for p in parameters:
         torch.where(finite, p.grad, zero, out=p.grad)
+    return finite.float()
 
 
 def make_optimizers(model, extra, muon_lr, adam_lr):
     """`extra` are parameters that do not ship (the look-ahead matrix); AdamW steps them too."""
-    matrices = [p for layer in model.layers for p in layer.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
+    matrices = [(n, p) for n, p in model.layers.named_parameters() if p.ndim == 2]
+    chosen = {id(p) for _, p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen] + list(extra)
     cuda = rest[0].is_cuda
     lr = torch.tensor(float(adam_lr), device=rest[0].device) if cuda else adam_lr

@@ -29,10 +29,14 @@ def empty_tokenizer(model):
 
 
 def digit_merges():
-    """Merges that turn every group of two or three digits into one token: ab, then ab+c."""
-    pairs = [("".join(p[:1]), p[1]) for p in product("0123456789", repeat=2)]
-    triples = [("".join(p[:2]), p[2]) for p in product("0123456789", repeat=3)]
-    return pairs + triples
+    """Merges that turn every group of two or three digits into one token.
+
+    Which pair of three digits merges first depends on the pairs' ranks, so both
+    ways to a triple are listed: ab+c and a+bc.
+    """
+    pairs = list(product("0123456789", repeat=2))
+    triples = list(product("0123456789", repeat=3))
+    return pairs + [(a + b, c) for a, b, c in triples] + [(a, b + c) for a, b, c in triples]
 
 
 def train_tokenizer(texts, vocab_size, path, max_position):

@@ -23,10 +23,10 @@ from .model import Decoder, ModelConfig, count_parameters, rms_norm, used
 from .optim import drop_bad_gradients, make_optimizers
 from .tasks import ANSWER, TEXT
 
-LOOK_FROM, LOOK_WEIGHT = 0.10, 0.1
+LOOK_FROM, LOOK_WEIGHT = 0.15, 0.1
 REPLY_WEIGHT = 0.3
-DECAY_FROM = 0.55
-ROUND_FROM = 0.75
+DECAY_FROM = 0.45
+ROUND_FROM = 0.8
 SAVE_SECONDS = 8  # kept free at the end of a call for the checkpoint
 AHEAD = 24  # steps requested from the data workers before they are needed
 
@@ -58,8 +58,8 @@ class Step:
     def look_loss(self, x):
         """From the end of a question, predict the set of the answer's tokens (through a matrix that does not ship)."""
         b, m = self.batch, self.model
-        h = rms_norm(x[b["look_at"].long()], m.norm.weight, m.config.rms_norm_eps) @ self.bridge.to(x.dtype)
-        logits = h @ used(m.embed_tokens.weight, m.rounding, x.dtype).T
+        h = rms_norm(x[b["look_at"].long()], m.norm.weight, m.config.rms_norm_eps, m.compute)
+        logits = h @ self.bridge.to(m.compute) @ used(m.embed_tokens.weight, m.rounding, m.compute).T
         return -(logits.float().log_softmax(-1).gather(1, b["look_ids"].long()) * b["look_weights"]).sum()
 
     def reply_loss(self, ids, watched):
@@ -141,6 +141,7 @@ class Update:
         self.muon, self.adam = make_optimizers(model, [bridge], muon_lr, adam_lr)
         self.parameters = self.adam.param_groups[0]["params"]
         self.everything = [*model.parameters(), bridge]
+        self.dropped = torch.zeros((), device=bridge.device)  # batches without effect so far
         self.graph = None
         if self.parameters[0].is_cuda:
             self.set_factor(0.0)
@@ -158,7 +159,8 @@ class Update:
                 self.adam.state[p]["step"].zero_()
 
     def step(self):
-        drop_bad_gradients(self.everything)
+        self.muon.valid.copy_(drop_bad_gradients(self.everything))
+        self.dropped += 1 - self.muon.valid
         self.muon.step()
         self.adam.step()
 
@@ -325,7 +327,7 @@ def run(args, begun, out, device, rank, ranks, feed):
                 raise FloatingPointError(f"the loss is not finite at step {step}")
             say(step=step, seconds=clock.seconds(), progress=clock.progress(), tokens=tokens,
                 text=text / max(texts, 1), answer=answer / max(answers, 1), reply=reply / max(replies, 1),
-                look=look / max(looks, 1), longest=length, waiting=len(feed.done),
+                look=look / max(looks, 1), dropped=int(update.dropped), longest=length, waiting=len(feed.done),
                 rate=(tokens - last[1]) / (time.monotonic() - logged))
             logged, last = time.monotonic(), (step, tokens)
         if ended:
