@@ -18,7 +18,7 @@ EARLY = 0.1
 EARLY_FACTOR = {"needle_haystack": 2.5, "json": 3.5, "variables": 0.5, "common": 0.5}
 
 # Longest length so far, by share of the run; from then on it takes LONGEST_SHARE of the tokens.
-STAGES = ((0.08, 512), (0.14, 1024), (0.24, 2048), (0.46, 4096), (0.74, 8192), (1.01, 16384))
+STAGES = ((0.10, 512), (0.15, 1024), (0.25, 2048), (0.46, 4096), (0.74, 8192), (1.01, 16384))
 LONGEST_SHARE = {512: 1.0, 1024: 0.6, 2048: 0.5, 4096: 0.45, 8192: 0.4, 16384: 0.27}
 
 # Steps that train for eviction (see evict.py): from this share of the run on, so many of all steps.
