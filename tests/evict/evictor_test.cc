@@ -186,6 +186,7 @@ TEST(Evictor, DecodingEvictsAgainInBlocks) {
     for (int t = 0; t < 35; ++t) {
       b.decode(state, {t % 7}, &evictor);
       most = std::max(most, state.kv.total_slots());
+      if (make_policy(spec)->rule().window == 0) continue;  // only a window keeps the newest token in any case
       for (int l = 0; l < shape.layers; ++l)
         for (int h = 0; h < shape.kv_heads; ++h) EXPECT_EQ(state.kv.positions(l, h).back(), 64 + t) << spec;
     }
