@@ -33,7 +33,7 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; border-top: 1px solid var(--line
 h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
 p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
 .chart { max-width: 44rem; } svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg .soft { fill: var(--soft); }
+svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg text.soft { fill: var(--soft); font-size: 12px; }
 .grid { stroke: var(--line); stroke-width: 1; } .full { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 2 3; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; padding: 0; margin: .5rem 0; font-size: .9rem; }
 .legend li { display: flex; align-items: center; gap: .4rem; } .legend svg { width: 34px; flex: none; }
