@@ -232,10 +232,12 @@ void add_exponentials(const float* scores, int64_t count, float scale, float max
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(next) + offset + b);
 }
 
-// kQ queries against 4 * kGroups keys at a time: every key vector is loaded and widened once for the
-// kQ queries, and the 4 * kQuads sums fold into one vector of dot products. Key j of the group starts
-// `j * step` codes on; at the end of a stretch step is 0 for the missing keys' sake.
-template <DType kType, int kQ, int kGroups>
+// Queries that share a pass over the keys or values: each is then loaded and widened once for all of
+// them. With more, keys no longer outnumber queries in the register tile and queries are loaded more often.
+inline constexpr int kShare = 4;
+
+// Sums of products for kQ queries x as many keys as fold together, key j starting `j * step` codes on.
+template <DType kType, int kQ, int kKeys>
 inline void dots_of(const typename CodeOf<kType>::T* k, int64_t step, int d, const float* q, int64_t ldq, float* dots) {
   using Code = CodeOf<kType>;
   Vec sums[kQuads * 4];
@@ -247,55 +249,72 @@ inline void dots_of(const typename CodeOf<kType>::T* k, int64_t step, int d, con
 #pragma GCC unroll 4
     for (int i = 0; i < kQ; ++i) x[i] = load(q + i * ldq + c);
 #pragma GCC unroll 16
-    for (int j = 0; j < 4 * kGroups; ++j) {
+    for (int j = 0; j < kKeys; ++j) {
       const Vec y = Code::load_codes(k + j * step + c);
 #pragma GCC unroll 4
-      for (int i = 0; i < kQ; ++i) sums[4 * kGroups * i + j] = fma(x[i], y, sums[4 * kGroups * i + j]);
+      for (int i = 0; i < kQ; ++i) sums[kKeys * i + j] = fma(x[i], y, sums[kKeys * i + j]);
     }
   }
   if (c < d) {
 #pragma GCC unroll 16
-    for (int j = 0; j < 4 * kGroups; ++j) {
+    for (int j = 0; j < kKeys; ++j) {
       const Vec y = load_tail<kType>(k + j * step + c, d - c);
 #pragma GCC unroll 4
-      for (int i = 0; i < kQ; ++i) sums[4 * kGroups * i + j] = fma(load(q + i * ldq + c), y, sums[4 * kGroups * i + j]);
+      for (int i = 0; i < kQ; ++i) sums[kKeys * i + j] = fma(load(q + i * ldq + c), y, sums[kKeys * i + j]);
     }
   }
   sum_quads(sums, dots);
+}
+
+inline void multiply(const float* x, const float* y, int count, float* out) {
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(x + i) * load(y + i));
+  for (; i < count; ++i) out[i] = x[i] * y[i];
 }
 
 template <DType kType, int kQ>
 void scores_of(const void* codes, const float* scales, int count, int d, const float* q, int64_t ldq, float* out,
                int64_t ld, const void* next) {
   using T = typename CodeOf<kType>::T;
-  constexpr int kGroups = kQuads / kQ > 0 ? kQuads / kQ : 1;
-  constexpr int kKeys = 4 * kGroups;
+  constexpr int kKeys = 4 * kQuads / kQ;
   const auto* k = static_cast<const T*>(codes);
   const int64_t row_bytes = static_cast<int64_t>(d) * static_cast<int64_t>(sizeof(T));
   float dots[4 * kQuads];
+  const auto put = [&](int key) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kQ; ++i) __builtin_memcpy(out + i * ld + key, dots + i * kKeys, kKeys * sizeof(float));
+  };
   int key = 0;
-  for (; key + kKeys <= count; key += kKeys, k += kKeys * d) {
+  for (; key + kKeys <= count; key += kKeys) {
     prefetch(next, key * row_bytes, kKeys * row_bytes);
-    dots_of<kType, kQ, kGroups>(k, d, d, q, ldq, dots);
-    for (int i = 0; i < kQ; ++i)
-      for (int j = 0; j < kKeys; ++j)
-        out[i * ld + key + j] = kType == DType::kI8 ? dots[i * kKeys + j] * scales[key + j] : dots[i * kKeys + j];
+    dots_of<kType, kQ, kKeys>(k + static_cast<int64_t>(key) * d, d, d, q, ldq, dots);
+    put(key);
   }
-  for (; key < count; ++key, k += d) {
-    dots_of<kType, kQ, kGroups>(k, 0, d, q, ldq, dots);
-    for (int i = 0; i < kQ; ++i)
-      out[i * ld + key] = kType == DType::kI8 ? dots[i * kKeys] * scales[key] : dots[i * kKeys];
+  if (key < count) {
+    prefetch(next, key * row_bytes, (count - key) * row_bytes);
+    if (count >= kKeys) {  // the last ones together with some that are done
+      key = count - kKeys;
+      dots_of<kType, kQ, kKeys>(k + static_cast<int64_t>(key) * d, d, d, q, ldq, dots);
+      put(key);
+    } else {
+      for (; key < count; ++key) {
+        dots_of<kType, kQ, kKeys>(k + static_cast<int64_t>(key) * d, 0, d, q, ldq, dots);
+        for (int i = 0; i < kQ; ++i) out[i * ld + key] = dots[i * kKeys];
+      }
+    }
   }
+  if constexpr (kType == DType::kI8)
+    for (int i = 0; i < kQ; ++i) multiply(out + i * ld, scales, count, out + i * ld);
 }
 
-template <DType kType>
+template <DType kType, int kQ = kShare>
 void scores_as(const void* codes, const float* scales, int count, int d, const float* q, int64_t ldq, int rows,
                float* out, int64_t ld, const void* next) {
-  for (; rows >= kQuads; rows -= kQuads, q += kQuads * ldq, out += kQuads * ld, next = nullptr)
-    scores_of<kType, kQuads>(codes, scales, count, d, q, ldq, out, ld, next);
-  if (kQuads > 3 && rows == 3) scores_of<kType, kQuads < 3 ? kQuads : 3>(codes, scales, count, d, q, ldq, out, ld, next);
-  if (kQuads > 2 && rows == 2) scores_of<kType, 2>(codes, scales, count, d, q, ldq, out, ld, next);
-  if (rows == 1) scores_of<kType, 1>(codes, scales, count, d, q, ldq, out, ld, next);
+  for (; rows >= kQ; rows -= kQ, q += kQ * ldq, out += kQ * ld, next = nullptr)
+    scores_of<kType, kQ>(codes, scales, count, d, q, ldq, out, ld, next);
+  if constexpr (kQ > 1) {
+    if (rows) scores_as<kType, kQ - 1>(codes, scales, count, d, q, ldq, rows, out, ld, next);
+  }
 }
 
 void stream_scores(DType dtype, const void* codes, const float* scales, int count, int d, const float* q, int64_t ldq,
@@ -305,9 +324,9 @@ void stream_scores(DType dtype, const void* codes, const float* scales, int coun
   scores_as<DType::kI8>(codes, scales, count, d, q, ldq, rows, out, ld, next);
 }
 
-// kQ rows of out, kW vectors of columns: 4 x 4 sums, one value vector widened for kQ queries.
+// kQ rows of out, kW vectors of columns.
 template <DType kType, int kQ, int kW>
-void values_of(const void* codes, const float* scales, int count, int d, int column, const float* p, int64_t ld,
+void values_of(const void* codes, int count, int d, int column, const float* p, int64_t ld,
                float* out, int64_t ld_out, const void* next) {
   using Code = CodeOf<kType>;
   const auto* v = static_cast<const typename Code::T*>(codes) + column;
@@ -321,8 +340,7 @@ void values_of(const void* codes, const float* scales, int count, int d, int col
     prefetch(next, key * row_bytes, row_bytes);
     Vec x[kQ];
 #pragma GCC unroll 4
-    for (int i = 0; i < kQ; ++i)
-      x[i] = set1(kType == DType::kI8 ? p[i * ld + key] * scales[key] : p[i * ld + key]);
+    for (int i = 0; i < kQ; ++i) x[i] = set1(p[i * ld + key]);
 #pragma GCC unroll 4
     for (int w = 0; w < kW; ++w) {
       const Vec y = Code::load_codes(v + w * kLanes);
@@ -337,41 +355,44 @@ void values_of(const void* codes, const float* scales, int count, int d, int col
 }
 
 template <DType kType, int kQ>
-void values_rows(const void* codes, const float* scales, int count, int d, const float* p, int64_t ld, float* out,
+void values_rows(const void* codes, int count, int d, const float* p, int64_t ld, float* out,
                  int64_t ld_out, const void* next) {
+  // As many sums as leave registers for kQ probabilities (they may come from L1) and a value vector.
+  constexpr int kMost = kLanes == 16 ? 24 : 12;
+  constexpr int kW = kMost / kQ < 4 ? kMost / kQ : 4;
   int c = 0;
-  for (; c + 4 * kLanes <= d; c += 4 * kLanes, next = nullptr)
-    values_of<kType, kQ, 4>(codes, scales, count, d, c, p, ld, out, ld_out, next);
+  for (; c + kW * kLanes <= d; c += kW * kLanes, next = nullptr)
+    values_of<kType, kQ, kW>(codes, count, d, c, p, ld, out, ld_out, next);
   for (; c + kLanes <= d; c += kLanes, next = nullptr)
-    values_of<kType, kQ, 1>(codes, scales, count, d, c, p, ld, out, ld_out, next);
+    values_of<kType, kQ, 1>(codes, count, d, c, p, ld, out, ld_out, next);
   if (c < d) {
     const auto* v = static_cast<const typename CodeOf<kType>::T*>(codes) + c;
     for (int key = 0; key < count; ++key, v += d) {
       const Vec y = load_tail<kType>(v, d - c);
       for (int i = 0; i < kQ; ++i) {
-        const float w = kType == DType::kI8 ? p[i * ld + key] * scales[key] : p[i * ld + key];
         float* o = out + i * ld_out + c;
-        store(o, fma(set1(w), y, load(o)));
+        store(o, fma(set1(p[i * ld + key]), y, load(o)));
       }
     }
   }
 }
 
-template <DType kType>
-void values_as(const void* codes, const float* scales, int count, int d, const float* p, int64_t ld, int rows,
-               float* out, int64_t ld_out, const void* next) {
-  for (; rows >= 4; rows -= 4, p += 4 * ld, out += 4 * ld_out, next = nullptr)
-    values_rows<kType, 4>(codes, scales, count, d, p, ld, out, ld_out, next);
-  if (rows == 3) values_rows<kType, 3>(codes, scales, count, d, p, ld, out, ld_out, next);
-  if (rows == 2) values_rows<kType, 2>(codes, scales, count, d, p, ld, out, ld_out, next);
-  if (rows == 1) values_rows<kType, 1>(codes, scales, count, d, p, ld, out, ld_out, next);
+template <DType kType, int kQ = kShare>
+void values_as(const void* codes, int count, int d, const float* p, int64_t ld, int rows, float* out, int64_t ld_out,
+               const void* next) {
+  for (; rows >= kQ; rows -= kQ, p += kQ * ld, out += kQ * ld_out, next = nullptr)
+    values_rows<kType, kQ>(codes, count, d, p, ld, out, ld_out, next);
+  if constexpr (kQ > 1) {
+    if (rows) values_as<kType, kQ - 1>(codes, count, d, p, ld, rows, out, ld_out, next);
+  }
 }
 
-void stream_values(DType dtype, const void* codes, const float* scales, int count, int d, const float* p, int64_t ld,
+void stream_values(DType dtype, const void* codes, const float* scales, int count, int d, float* p, int64_t ld,
                    int rows, float* out, int64_t ld_out, const void* next) {
-  if (dtype == DType::kF32) return values_as<DType::kF32>(codes, scales, count, d, p, ld, rows, out, ld_out, next);
-  if (dtype == DType::kBF16) return values_as<DType::kBF16>(codes, scales, count, d, p, ld, rows, out, ld_out, next);
-  values_as<DType::kI8>(codes, scales, count, d, p, ld, rows, out, ld_out, next);
+  if (dtype == DType::kF32) return values_as<DType::kF32>(codes, count, d, p, ld, rows, out, ld_out, next);
+  if (dtype == DType::kBF16) return values_as<DType::kBF16>(codes, count, d, p, ld, rows, out, ld_out, next);
+  for (int i = 0; i < rows; ++i) multiply(p + i * ld, scales, count, p + i * ld);
+  values_as<DType::kI8>(codes, count, d, p, ld, rows, out, ld_out, next);
 }
 
 void scale_row(const float* x, float factor, int64_t count, float* y) {

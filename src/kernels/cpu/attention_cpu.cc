@@ -38,6 +38,7 @@ struct Merge {
 
 struct Job {
   const KvLayout& layout;
+  PageMap pages;
   const AttentionShape& shape;
   std::span<const AttentionSequence> sequences;
   const AttentionOps& ops;
@@ -206,7 +207,7 @@ const std::byte* fetch_next(const Job& job, const KvHeadView& head, KvPart part,
   }
   if (slot >= tile_end && part == KvPart::kValues) part = KvPart::kKeys;
   if (slot >= end) return nullptr;
-  const KvStretch s = stretch(job.layout, head, part, slot, end);
+  const KvStretch s = stretch(job.pages, head, part, slot, end);
   // The scales lie apart from the codes and are few: they are asked for here.
   for (int64_t i = 0; s.scales && i < s.count; i += 16) __builtin_prefetch(s.scales + i);
   return s.codes;
@@ -241,7 +242,7 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
   for (int64_t slot = begin[0], slot_end; slot < last; slot = slot_end) {
     slot_end = std::min(slot + kStreamTile, last);
     for (int64_t at = slot; at < slot_end;) {
-      const KvStretch k = stretch(job.layout, head, KvPart::kKeys, at, slot_end);
+      const KvStretch k = stretch(job.pages, head, KvPart::kKeys, at, slot_end);
       job.ops.stream_scores(job.layout.dtype, k.codes, k.scales, static_cast<int>(k.count), job.d(), q, ld, m,
                             scores + (at - slot), kStreamTile,
                             fetch_next(job, head, KvPart::kKeys, at + k.count, slot, slot_end, last));
@@ -253,7 +254,7 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
     for (int64_t i = 0; i < rows; ++i)
       if (shrink[i] != 1.0f) job.ops.scale_row(sums + i * ld, shrink[i], ld, sums + i * ld);
     for (int64_t at = slot; at < slot_end;) {
-      const KvStretch v = stretch(job.layout, head, KvPart::kValues, at, slot_end);
+      const KvStretch v = stretch(job.pages, head, KvPart::kValues, at, slot_end);
       job.ops.stream_values(job.layout.dtype, v.codes, v.scales, static_cast<int>(v.count), job.d(),
                             scores + (at - slot), kStreamTile, m, sums, ld,
                             fetch_next(job, head, KvPart::kValues, at + v.count, slot, slot_end, last));
@@ -334,10 +335,11 @@ Plan plan(const Job& job, Item* items, Merge* merges) {
 
 void load_tile_rows(const TileOps& ops, const KvLayout& layout, const KvHeadView& head, KvPart part, int64_t begin,
                     int64_t end, void* rows, int64_t ld) {
+  const PageMap pages(layout);
   auto* out = static_cast<std::byte*>(rows);
   const int64_t row = ld * ops.element;
   for (int64_t at = begin; at < end;) {
-    const KvStretch s = stretch(layout, head, part, at, end);
+    const KvStretch s = stretch(pages, head, part, at, end);
     ops.rows(layout.dtype, s.codes, s.scales, s.count, layout.head_dim, out + (at - begin) * row, ld);
     at += s.count;
   }
@@ -367,6 +369,7 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
   const TileOps& tile = ctx.activations == ActivationType::kBF16 && ops.bf16 ? *ops.bf16 : ops.f32;
   const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
   Job job{layout,
+          PageMap(layout),
           shape,
           seqs,
           ops,

@@ -15,23 +15,37 @@ inline constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) /
 
 enum class KvPart { kKeys, kValues };
 
+// Where things lie in a page. KvLayout derives its offsets anew at every question; decode asks for
+// them every 32 slots, which takes 100 cycles or so.
+struct PageMap {
+  explicit PageMap(const KvLayout& l)
+      : slots(static_cast<uint32_t>(l.page_slots)),
+        row_bytes(static_cast<size_t>(l.head_dim) * dtype_size(l.dtype)),
+        scaled(l.dtype == DType::kI8),
+        codes{l.k_offset(), l.v_offset()},
+        scales{l.k_scale_offset(), l.v_scale_offset()} {}
+  uint32_t slots;
+  size_t row_bytes;
+  bool scaled;
+  size_t codes[2], scales[2];  // of keys, of values
+};
+
 struct KvStretch {
   const std::byte* codes = nullptr;
   const float* scales = nullptr;  // null unless int8
   int64_t count = 0;
 };
 
-// The longest stretch from `slot` on that lies in one page and ends before `end`.
-inline KvStretch stretch(const KvLayout& l, const KvHeadView& head, KvPart part, int64_t slot, int64_t end) {
-  const int64_t page = slot / l.page_slots, at = slot % l.page_slots;
+// The longest stretch from `slot` on that lies in one page and ends before `end`. Slots are fewer than
+// 2^32: every one has its own 31-bit position.
+inline KvStretch stretch(const PageMap& map, const KvHeadView& head, KvPart part, int64_t slot, int64_t end) {
+  const uint32_t page = static_cast<uint32_t>(slot) / map.slots, at = static_cast<uint32_t>(slot) % map.slots;
   const std::byte* base = head.pages[page];
-  const bool keys = part == KvPart::kKeys;
+  const auto p = static_cast<size_t>(part);
   KvStretch s;
-  s.codes = base + (keys ? l.k_offset() : l.v_offset()) +
-            static_cast<size_t>(at) * static_cast<size_t>(l.head_dim) * dtype_size(l.dtype);
-  if (l.dtype == DType::kI8)
-    s.scales = reinterpret_cast<const float*>(base + (keys ? l.k_scale_offset() : l.v_scale_offset())) + at;
-  s.count = l.page_slots - at < end - slot ? l.page_slots - at : end - slot;
+  s.codes = base + map.codes[p] + at * map.row_bytes;
+  if (map.scaled) s.scales = reinterpret_cast<const float*>(base + map.scales[p]) + at;
+  s.count = map.slots - at < end - slot ? map.slots - at : end - slot;
   return s;
 }
 

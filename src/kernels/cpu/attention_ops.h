@@ -65,8 +65,8 @@ struct AttentionOps {
   // page. `next` is where the next part to be read starts (null: nowhere), for prefetching.
   void (*stream_scores)(DType dtype, const void* codes, const float* scales, int count, int d, const float* q,
                         int64_t ldq, int rows, float* scores, int64_t ld, const void* next);
-  // out[row] += sum over i of p[row, i] * value[i]
-  void (*stream_values)(DType dtype, const void* codes, const float* scales, int count, int d, const float* p,
+  // out[row] += sum over i of p[row, i] * value[i]. The values' scales are multiplied into p.
+  void (*stream_values)(DType dtype, const void* codes, const float* scales, int count, int d, float* p,
                         int64_t ld, int rows, float* out, int64_t ld_out, const void* next);
   // y = x * factor, y += x * factor
   void (*scale_row)(const float* x, float factor, int64_t count, float* y);

@@ -12,8 +12,8 @@ namespace {
 // Slots a thread handles at a time: 64 * 64 * 4 B * 2 = 32 KB, some microseconds.
 constexpr int64_t kSlotBlock = 64;
 
-std::byte* at(const KvLayout& l, const KvHeadView& head, int64_t slot, size_t part, size_t item_bytes) {
-  return head.pages[slot / l.page_slots] + part + static_cast<size_t>(slot % l.page_slots) * item_bytes;
+std::byte* at(int page_slots, const KvHeadView& head, int64_t slot, size_t part, size_t item_bytes) {
+  return head.pages[slot / page_slots] + part + static_cast<size_t>(slot % page_slots) * item_bytes;
 }
 
 }  // namespace
@@ -21,22 +21,22 @@ std::byte* at(const KvLayout& l, const KvHeadView& head, int64_t slot, size_t pa
 void kv_append(Context& ctx, const KvLayout& layout, const KvHeadView* heads, int kv_heads, const float* k,
                const float* v, int64_t tokens, int64_t first_position, int64_t stride) {
   const AttentionOps& ops = attention_ops(cpu_isa());
-  const int d = layout.head_dim;
-  const size_t row = static_cast<size_t>(d) * dtype_size(layout.dtype);
+  const int d = layout.head_dim, slots = layout.page_slots;
+  const PageMap pages(layout);
+  const size_t position_offset = layout.position_offset();
   const int64_t blocks = (tokens + kSlotBlock - 1) / kSlotBlock;
   const auto body = [&](int64_t index, int) {
     const int64_t g = index % kv_heads, t0 = index / kv_heads * kSlotBlock, t1 = std::min(tokens, t0 + kSlotBlock);
     const KvHeadView& head = heads[g];
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t slot = head.length + t;
-      const float ks = ops.encode_row(k + t * stride + g * d, d, layout.dtype, at(layout, head, slot, layout.k_offset(), row));
-      const float vs = ops.encode_row(v + t * stride + g * d, d, layout.dtype, at(layout, head, slot, layout.v_offset(), row));
-      if (layout.dtype == DType::kI8) {
-        std::memcpy(at(layout, head, slot, layout.k_scale_offset(), 4), &ks, 4);
-        std::memcpy(at(layout, head, slot, layout.v_scale_offset(), 4), &vs, 4);
+      for (const int part : {0, 1}) {
+        const float* row = (part == 0 ? k : v) + t * stride + g * d;
+        const float scale = ops.encode_row(row, d, layout.dtype, at(slots, head, slot, pages.codes[part], pages.row_bytes));
+        if (pages.scaled) std::memcpy(at(slots, head, slot, pages.scales[part], 4), &scale, 4);
       }
       const auto position = static_cast<int32_t>(first_position + t);
-      std::memcpy(at(layout, head, slot, layout.position_offset(), 4), &position, 4);
+      std::memcpy(at(slots, head, slot, position_offset, 4), &position, 4);
     }
   };
   ctx.pool.parallel_for(blocks * kv_heads, std::ref(body));
@@ -46,13 +46,14 @@ void kv_read(Context& ctx, const KvLayout& layout, const KvHeadView& head, int64
              float* v_out) {
   const AttentionOps& ops = attention_ops(cpu_isa());
   const int d = layout.head_dim;
+  const PageMap pages(layout);
   const auto body = [&](int64_t index, int) {
     const int64_t from = begin + index * kSlotBlock, to = std::min(end, from + kSlotBlock);
     for (const KvPart part : {KvPart::kKeys, KvPart::kValues}) {
       float* out = part == KvPart::kKeys ? k_out : v_out;
       if (!out) continue;
       for (int64_t slot = from; slot < to;) {
-        const KvStretch s = stretch(layout, head, part, slot, to);
+        const KvStretch s = stretch(pages, head, part, slot, to);
         ops.f32.rows(layout.dtype, s.codes, s.scales, s.count, d, out + (slot - begin) * d, d);
         slot += s.count;
       }
@@ -78,8 +79,8 @@ int64_t kv_compact(const KvLayout& layout, const KvHeadView& head, std::span<con
     const auto to = static_cast<int64_t>(i), from = static_cast<int64_t>(keep[i]);
     if (from == to) continue;
     for (size_t p = 0; p < used; ++p)
-      std::memcpy(at(layout, head, to, parts[p].offset, parts[p].bytes),
-                  at(layout, head, from, parts[p].offset, parts[p].bytes), parts[p].bytes);
+      std::memcpy(at(layout.page_slots, head, to, parts[p].offset, parts[p].bytes),
+                  at(layout.page_slots, head, from, parts[p].offset, parts[p].bytes), parts[p].bytes);
     ++moved;
   }
   return moved;

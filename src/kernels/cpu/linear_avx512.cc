@@ -6,10 +6,6 @@
 
 #include "kernels/cpu/linear_bodies.h"
 
-// GCC 12 takes the undefined operand of these intrinsics for a mistake of ours (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-
 namespace lacuna::cpu {
 namespace {
 

@@ -5,10 +5,6 @@
 
 #include "kernels/cpu/machine_bodies.h"
 
-// GCC 12 takes the undefined operand of these intrinsics for a mistake of ours (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-
 namespace lacuna::cpu {
 namespace {
 
