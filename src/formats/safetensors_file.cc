@@ -207,13 +207,25 @@ namespace {
 template <typename Bits>
 std::optional<int64_t> first_not_finite(const void* data, int64_t n, Bits exponent) {
   const Bits* bits = static_cast<const Bits*>(data);
-  // The inner loop has no early exit, so that it compiles to SIMD compares; 4096 elements stay in L1.
-  for (int64_t begin = 0; begin < n; begin += 4096) {
-    const int64_t end = std::min<int64_t>(n, begin + 4096);
-    Bits bad = 0;
-    for (int64_t i = begin; i < end; ++i) bad |= static_cast<Bits>((bits[i] & exponent) == exponent);
+  // Elements are tested a 64-bit word at a time: adding the exponent's lowest bit carries into the
+  // sign's place exactly where the exponent is all ones, and never into the next element.
+  constexpr int64_t kLanes = sizeof(uint64_t) / sizeof(Bits), kBlock = 4096;  // a block stays in L1
+  constexpr uint64_t kEach = ~uint64_t{0} / static_cast<Bits>(~Bits{0});     // 1 in every lane
+  const uint64_t mask = kEach * exponent, low = kEach * (exponent & (~exponent + 1u)),
+                 sign = kEach * static_cast<Bits>(Bits{1} << (8 * sizeof(Bits) - 1));
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(n, begin + kBlock);
+    int64_t i = begin;
+    uint64_t bad = 0;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+      uint64_t words[4];
+      std::memcpy(words, bits + i, sizeof words);
+      for (uint64_t word : words) bad |= (word & mask) + low;
+    }
+    bad &= sign;
+    for (; i < end; ++i) bad |= (bits[i] & exponent) == exponent;
     if (!bad) continue;
-    for (int64_t i = begin; i < end; ++i)
+    for (i = begin; i < end; ++i)
       if ((bits[i] & exponent) == exponent) return i;
   }
   return std::nullopt;

@@ -287,6 +287,41 @@ RC_GTEST_PROP(SafetensorsWriter, WhatIsWrittenIsRead, ()) {
   fs::remove(path);
 }
 
+// Word-wise search against one element at a time, at every length and place.
+RC_GTEST_PROP(CheckFinite, AgreesWithIsfinite, ()) {
+  const auto n = *rc::gen::inRange<int64_t>(0, 9'000);
+  const auto kind = *rc::gen::element(DType::kF32, DType::kBF16, DType::kF16, DType::kF64);
+  std::vector<double> storage(static_cast<size_t>(n));  // room for any of them
+  auto* bytes = reinterpret_cast<uint8_t*>(storage.data());
+  uint64_t state = *rc::gen::arbitrary<uint32_t>();
+  const auto size = static_cast<int64_t>(dtype_size(kind));
+  const auto finite = [&](int64_t i) {
+    switch (kind) {
+      case DType::kF32: return std::isfinite(reinterpret_cast<const float*>(bytes)[i]);
+      case DType::kBF16: return std::isfinite(to_float(reinterpret_cast<const BF16*>(bytes)[i]));
+      case DType::kF16: return std::isfinite(to_float(reinterpret_cast<const F16*>(bytes)[i]));
+      default: return std::isfinite(storage[static_cast<size_t>(i)]);
+    }
+  };
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t b = 0; b < size; ++b) bytes[i * size + b] = static_cast<uint8_t>((state = state * 6364136223846793005u + 1) >> 56);
+    if (!finite(i)) bytes[i * size + size - 1] = 0;  // random bits, all finite
+  }
+  int64_t bad = -1;
+  if (n > 0 && *rc::gen::arbitrary<bool>()) {
+    bad = *rc::gen::inRange<int64_t>(0, n);
+    bytes[bad * size + size - 1] = 0x7F;
+    bytes[bad * size + size - 2] |= 0xF0;
+  }
+  std::string message;
+  try {
+    check_finite(Tensor(bytes, kind, {n}), "t", "f");
+  } catch (const CorruptData& error) {
+    message = error.what();
+  }
+  RC_ASSERT((bad < 0 ? message.empty() : message.find(" index " + std::to_string(bad) + ",") != std::string::npos));
+}
+
 // Any change to one byte of a file either leaves it readable or is refused with a typed error.
 RC_GTEST_PROP(Safetensors, OneChangedByteNeverCrashes, ()) {
   static const std::string whole = file_of(
