@@ -4,9 +4,14 @@
 #include <cmath>
 #include <cstring>
 
+#include "evict/columns.h"
+
 namespace lacuna {
 namespace {
 
+// Rows of values projected at once (their products stay in the last-level cache), and rows a thread
+// reduces at a time.
+constexpr int64_t kValueBlock = 2048, kRowPiece = 128;
 constexpr int64_t kQuerySinks = 4;  // kvpress leaves the first four queries out of its statistics: outliers
 
 // Scores are f32 whatever the precision of the model's own products.
@@ -25,19 +30,18 @@ float* ensure(Context& ctx, Buffer& buffer, int64_t floats) {
   return buffer.as<float>();
 }
 
+// body(row) for every row, in pieces on all threads.
+template <typename Body>
+void for_rows(Context& ctx, int64_t count, const Body& body) {
+  ctx.pool.parallel_for((count + kRowPiece - 1) / kRowPiece, [&](int64_t piece, int) {
+    for (int64_t i = piece * kRowPiece; i < std::min(count, (piece + 1) * kRowPiece); ++i) body(i);
+  });
+}
+
 LinearWeight matrix(const float* data, int64_t rows, int64_t columns) {
   LinearWeight w;
   w.weight = Tensor(data, DType::kF32, {rows, columns});
   return w;
-}
-
-float sum_of_products(const float* a, const float* b, int64_t n) {
-  float s[4] = {0, 0, 0, 0};
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4)
-    for (int j = 0; j < 4; ++j) s[j] += a[i + j] * b[i + j];
-  for (; i < n; ++i) s[0] += a[i] * b[i];
-  return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
 }  // namespace
@@ -240,53 +244,48 @@ void EvidenceReader::read_norms(Context& ctx, int layer, int head, int group, in
   const float* v = values_.as<float>();
   float* out = ensure(ctx, l1 ? norms_l1_ : norms_, group * slots);
   if (!l1) {
-    constexpr int64_t kBlock = 512;  // rows whose products stay in the second-level cache
     const LinearWeight factors = matrix(projections_->factors(ctx, layer) + int64_t{head} * group * d * d, group * d, d);
-    float* rows = ensure(ctx, rows_, kBlock * group * d);
-    for (int64_t begin = 0; begin < slots; begin += kBlock) {
-      const int64_t count = std::min(kBlock, slots - begin);
+    float* rows = ensure(ctx, rows_, std::min(slots, kValueBlock) * group * d);
+    for (int64_t begin = 0; begin < slots; begin += kValueBlock) {
+      const int64_t count = std::min(kValueBlock, slots - begin);
       linear(ctx, factors, v + begin * d, count, rows);
-      for (int64_t i = 0; i < count; ++i)
+      for_rows(ctx, count, [&](int64_t i) {
         for (int h = 0; h < group; ++h) {
           const float* y = rows + (i * group + h) * d;
-          out[h * slots + begin + i] = std::sqrt(sum_of_products(y, y, d));
+          out[h * slots + begin + i] = std::sqrt(dot(y, y, d));
         }
+      });
     }
     return;
   }
-  constexpr int64_t kBlock = 128;
+  constexpr int64_t kBlock = 512;
   const int64_t hidden = model_.attention(layer)->output.out();
   float* w = ensure(ctx, block_, hidden * d);
-  float* rows = ensure(ctx, rows_, kBlock * hidden);
+  float* rows = ensure(ctx, rows_, std::min(slots, kBlock) * hidden);
   for (int h = 0; h < group; ++h) {
     projections_->block(layer, head * group + h, w);
     const LinearWeight block = matrix(w, hidden, d);
     for (int64_t begin = 0; begin < slots; begin += kBlock) {
       const int64_t count = std::min(kBlock, slots - begin);
       linear(ctx, block, v + begin * d, count, rows);
-      for (int64_t i = 0; i < count; ++i) {
-        float sum = 0;
-        for (int64_t o = 0; o < hidden; ++o) sum += std::fabs(rows[i * hidden + o]);
-        out[h * slots + begin + i] = sum;
-      }
+      for_rows(ctx, count, [&](int64_t i) { out[h * slots + begin + i] = absolute_sum(rows + i * hidden, hidden); });
     }
   }
 }
 
 void EvidenceReader::read_products(Context& ctx, int layer, int head, int group, int64_t slots, int head_dim) {
-  constexpr int64_t kBlock = 256;
   const int64_t d = head_dim;
   const int pairs = group * (group + 1) / 2;
   const float* v = values_.as<float>();
   float* out = ensure(ctx, products_, pairs * slots);
   const LinearWeight w = matrix(projections_->products(ctx, layer) + int64_t{head} * pairs * d * d, pairs * d, d);
-  float* rows = ensure(ctx, rows_, kBlock * pairs * d);
-  for (int64_t begin = 0; begin < slots; begin += kBlock) {
-    const int64_t count = std::min(kBlock, slots - begin);
+  float* rows = ensure(ctx, rows_, std::min(slots, kValueBlock) * pairs * d);
+  for (int64_t begin = 0; begin < slots; begin += kValueBlock) {
+    const int64_t count = std::min(kValueBlock, slots - begin);
     linear(ctx, w, v + begin * d, count, rows);
-    for (int64_t i = 0; i < count; ++i)
-      for (int p = 0; p < pairs; ++p)
-        out[p * slots + begin + i] = sum_of_products(rows + (i * pairs + p) * d, v + (begin + i) * d, d);
+    for_rows(ctx, count, [&](int64_t i) {
+      for (int p = 0; p < pairs; ++p) out[p * slots + begin + i] = dot(rows + (i * pairs + p) * d, v + (begin + i) * d, d);
+    });
   }
 }
 

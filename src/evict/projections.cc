@@ -5,18 +5,37 @@
 namespace lacuna {
 namespace {
 
+// Two doubles; the compiler maps them to whatever the target has.
+typedef double Lanes __attribute__((vector_size(16)));
+
+Lanes load(const double* from) {
+  Lanes lanes;
+  __builtin_memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
 double dot(const double* a, const double* b, int64_t n) {
   // Four partial sums: without them the additions wait for each other.
-  double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+  Lanes s0{}, s1{}, s2{}, s3{};
   int64_t i = 0;
-  for (; i + 4 <= n; i += 4) {
-    s0 += a[i] * b[i];
-    s1 += a[i + 1] * b[i + 1];
-    s2 += a[i + 2] * b[i + 2];
-    s3 += a[i + 3] * b[i + 3];
+  for (; i + 8 <= n; i += 8) {
+    s0 += load(a + i) * load(b + i);
+    s1 += load(a + i + 2) * load(b + i + 2);
+    s2 += load(a + i + 4) * load(b + i + 4);
+    s3 += load(a + i + 6) * load(b + i + 6);
   }
-  for (; i < n; ++i) s0 += a[i] * b[i];
-  return (s0 + s1) + (s2 + s3);
+  s0 = (s0 + s1) + (s2 + s3);
+  double sum = s0[0] + s0[1];
+  for (; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// y -= f x
+void subtract_scaled(const double* __restrict x, double f, int64_t n, double* __restrict y) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; ++j) y[i + j] -= f * x[i + j];
+  for (; i < n; ++i) y[i] -= f * x[i];
 }
 
 // R [d, d] of the Householder QR of `columns` (d columns of length n, overwritten). Rows past n are zero.
@@ -38,7 +57,7 @@ void householder_factor(std::vector<double>& columns, int64_t n, int d, float* r
     for (int j = k + 1; j < d; ++j) {
       double* y = columns.data() + static_cast<int64_t>(j) * n;
       const double f = scale * dot(x + k, y + k, n - k);
-      for (int64_t i = k; i < n; ++i) y[i] -= f * x[i];
+      subtract_scaled(x + k, f, n - k, y + k);
       r[static_cast<int64_t>(k) * d + j] = static_cast<float>(-sign * y[k]);
     }
   }
@@ -106,7 +125,7 @@ const float* OutputProjections::products(Context& ctx, int layer) {
   ctx.pool.parallel_for(a.kv_heads, [&](int64_t g, int) {
     std::vector<std::vector<float>> w(static_cast<size_t>(group), std::vector<float>(static_cast<size_t>(rows * d)));
     for (int h = 0; h < group; ++h) block(layer, static_cast<int>(g) * group + h, w[static_cast<size_t>(h)].data());
-    std::vector<double> sum(static_cast<size_t>(d * d));
+    std::vector<double> sum(static_cast<size_t>(d * d)), row(static_cast<size_t>(d));
     float* out = made.as<float>() + g * pairs * d * d;
     for (int h = 0; h < group; ++h)
       for (int other = h; other < group; ++other, out += d * d) {
@@ -114,8 +133,8 @@ const float* OutputProjections::products(Context& ctx, int layer) {
         for (int64_t o = 0; o < rows; ++o) {
           const float* x = w[static_cast<size_t>(h)].data() + o * d;
           const float* y = w[static_cast<size_t>(other)].data() + o * d;
-          for (int64_t i = 0; i < d; ++i)
-            for (int64_t j = 0; j < d; ++j) sum[static_cast<size_t>(i * d + j)] += static_cast<double>(x[i]) * y[j];
+          for (int64_t j = 0; j < d; ++j) row[static_cast<size_t>(j)] = y[j];
+          for (int64_t i = 0; i < d; ++i) subtract_scaled(row.data(), -static_cast<double>(x[i]), d, sum.data() + i * d);
         }
         // v P v^T only sees the symmetric part.
         for (int64_t i = 0; i < d; ++i)

@@ -97,16 +97,10 @@ class LaProx : public NamedPolicy {
     const int from = first_row(e, rule_.window);
     for (int t = from; t < e.rows; ++t) {
       std::fill(mean, mean + n, 0.0f);
-      for (int h = 0; h < e.group; ++h) {
-        const float* row = e.prob_row(h, t) + begin;
-        for (int64_t i = 0; i < n; ++i) mean[i] += row[i];
-      }
-      for (int64_t i = 0; i < n; ++i) {
-        const float a = mean[i] / static_cast<float>(e.group);
-        if (reduce_ == WindowReduce::kL2) out[i] += a * a;
-        if (reduce_ == WindowReduce::kMean) out[i] += a;
-        if (reduce_ == WindowReduce::kMax) out[i] = std::max(out[i], a);
-      }
+      for (int h = 0; h < e.group; ++h) add_scaled(e.prob_row(h, t) + begin, 1.0f / static_cast<float>(e.group), n, mean);
+      if (reduce_ == WindowReduce::kL2) add_squares(mean, n, out);
+      if (reduce_ == WindowReduce::kMean) add_scaled(mean, 1.0f, n, out);
+      if (reduce_ == WindowReduce::kMax) take_largest(mean, n, out);
     }
     for (int64_t i = 0; i < n; ++i) {
       if (reduce_ == WindowReduce::kL2) out[i] = std::sqrt(out[i]);
@@ -126,9 +120,9 @@ class LaProx : public NamedPolicy {
       if (group_ == Group::kScoreMax)
         for (int64_t i = 0; i < n; ++i) out[i] = std::max(out[i], u ? a[i] * u[i] : a[i]);
       else if (u)
-        for (int64_t i = 0; i < n; ++i) out[i] += a[i] * u[i];
+        add_products(a, u, n, out);
       else
-        for (int64_t i = 0; i < n; ++i) out[i] += a[i];
+        add_scaled(a, 1.0f, n, out);
     }
     if (group_ == Group::kScoreMax) return;
     const float scale = 1.0f / static_cast<float>(e.group);
@@ -168,27 +162,42 @@ class LaProx : public NamedPolicy {
   // window_reduce max or mean: the largest or mean length of one query's lost output.
   void exact(const HeadEvidence& e, int64_t begin, int64_t end, float* out) const {
     const int64_t n = end - begin;
-    std::fill(out, out + n, 0.0f);
     const int from = first_row(e, rule_.window);
-    float square[kColumnBlock];
-    for (int t = from; t < e.rows; ++t) {
-      std::fill(square, square + n, 0.0f);
-      int pair = 0;
-      for (int h = 0; h < e.group; ++h)
-        for (int other = h; other < e.group; ++other, ++pair) {
-          const float *a = e.prob_row(h, t) + begin, *b = e.prob_row(other, t) + begin, *p = e.product_row(pair) + begin;
-          const float twice = other == h ? 1.0f : 2.0f;
-          for (int64_t i = 0; i < n; ++i) square[i] += twice * a[i] * b[i] * p[i];
-        }
-      for (int64_t i = 0; i < n; ++i) {
-        const float s = std::max(0.0f, square[i]);  // rounding may leave a cancelled sum below zero
-        if (reduce_ == WindowReduce::kL2) out[i] += s;
-        if (reduce_ == WindowReduce::kMean) out[i] += std::sqrt(s);
-        if (reduce_ == WindowReduce::kMax) out[i] = std::max(out[i], s);
-      }
+    std::fill(out, out + n, 0.0f);
+    if (reduce_ == WindowReduce::kL2) {
+      squared_length(e, from, e.rows, begin, end, out);
+      for (int64_t i = 0; i < n; ++i) out[i] = std::sqrt(std::max(0.0f, out[i]));  // a cancelled sum may round below zero
+      return;
     }
-    for (int64_t i = 0; i < n; ++i)
-      out[i] = reduce_ == WindowReduce::kMean ? out[i] / static_cast<float>(std::max(1, e.rows - from)) : std::sqrt(out[i]);
+    float length[kColumnBlock];
+    for (int t = from; t < e.rows; ++t) {
+      std::fill(length, length + n, 0.0f);
+      squared_length(e, t, t + 1, begin, end, length);
+      for (int64_t i = 0; i < n; ++i) length[i] = std::sqrt(std::max(0.0f, length[i]));
+      if (reduce_ == WindowReduce::kMean)
+        add_scaled(length, 1.0f / static_cast<float>(e.rows - from), n, out);
+      else
+        take_largest(length, n, out);
+    }
+  }
+
+  // out += sum over rows [from, to) and pairs of heads of A^h A^h' (v W_O^h W_O^h'^T v^T).
+  static void squared_length(const HeadEvidence& e, int from, int to, int64_t begin, int64_t end, float* out) {
+    const int64_t n = end - begin;
+    float inner[kColumnBlock];
+    int pair = 0;
+    for (int h = 0; h < e.group; ++h)
+      for (int other = h; other < e.group; ++other, ++pair) {
+        std::fill(inner, inner + n, 0.0f);
+        for (int t = from; t < to; ++t) {
+          if (other == h)
+            add_squares(e.prob_row(h, t) + begin, n, inner);
+          else
+            add_products(e.prob_row(h, t) + begin, e.prob_row(other, t) + begin, n, inner);
+        }
+        add_products(inner, e.product_row(pair) + begin, n, out);
+        if (other != h) add_products(inner, e.product_row(pair) + begin, n, out);  // the pair counts both ways
+      }
   }
 
   Group group_;
