@@ -76,7 +76,7 @@ const BudgetPlan& Evictor::plan(const SequenceState& state, int64_t prompt_token
   limit.bytes = options_.kv_limit;
   limit.used_elsewhere = options_.used_elsewhere;
   limit.sustained = options_.during_decode;
-  limit.growth = options_.during_decode ? options_.decode_block : new_tokens;
+  limit.growth = options_.question_tokens + (options_.during_decode ? options_.decode_block : new_tokens);
   limit.streaming = streaming_;
   limit.stored = sizes_after(state, state.next_position, prompt_tokens, false);
   plan_ = plan_budget(budget_, rule_, state.kv.shape(), sizes_after(state, state.next_position, prompt_tokens, true), limit);

@@ -15,6 +15,7 @@ namespace lacuna {
 struct EvictorOptions {
   bool during_decode = false;    // evict again, by the most recent queries, when generation outgrows the budget
   int64_t decode_block = 64;     // … once for so many new tokens
+  int64_t question_tokens = 0;   // read after eviction, before anything is generated; what the limit must leave room for
   size_t kv_limit = 0;           // hard limit in bytes on the cache at every moment; 0 = none
   size_t used_elsewhere = 0;     // bytes of that limit that other sequences hold
   // Also measure the true error of every layer's attention output over the window. Nothing is evicted
@@ -33,8 +34,8 @@ class Evictor : public LayerObserver {
           std::shared_ptr<OutputProjections> projections = nullptr);
 
   // Says before anything runs whether budget and limits can be kept for a prompt of so many tokens,
-  // followed by so many generated ones; throws BadInput or OutOfMemory. prefill() does it otherwise,
-  // with no generated tokens.
+  // followed by so many generated ones (and the question); throws BadInput or OutOfMemory. prefill()
+  // does it otherwise, with no generated tokens.
   const BudgetPlan& plan(const SequenceState& state, int64_t prompt_tokens, int64_t new_tokens = 0);
 
   bool wants_raw_queries() const override { return needs_.raw_queries; }

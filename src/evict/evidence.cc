@@ -77,6 +77,8 @@ void LayerWitness::reset() {
 
 void LayerWitness::observe(Context& ctx, const LayerTap& tap, const AttentionLayer& attention, const KvCache& cache,
                            const PolicyNeeds& needs) {
+  // Tokens in between that nobody watched: the queries remembered are no longer the last ones.
+  if (tap.first_position != last_position_ + 1) held_ = begin_ = 0;
   last_position_ = tap.first_position + tap.tokens - 1;
   const int rows = needs.window_rows;
   if (rows > 0 && tap.first_token + tap.tokens > tap.call_tokens - rows)

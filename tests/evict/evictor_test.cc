@@ -150,11 +150,16 @@ RC_GTEST_PROP(Evictor, HardLimitIsNeverPassed, ()) {
   const auto prompt = random_prompt(n, b.vocab, seed);
   const size_t limit = static_cast<size_t>(*rc::gen::inRange(1, 200)) * 1024;
   const bool during_decode = *rc::gen::arbitrary<bool>();
+  const auto question = random_prompt(*rc::gen::inRange(0, 30), b.vocab, seed + 2);
+  const bool watched = *rc::gen::arbitrary<bool>();  // whether the evictor sees the question
   const std::string spec = *rc::gen::element<std::string>("laprox:window=8", "snapkv:window=8", "cake:window=8", "lava:window=8,guarantee=0.2",
                                                           "layer_defensive:window=8", "h2o");
   b.memory.set_limit(MemoryTag::kKv, limit);
   Evictor evictor(b.ctx, b.model, make_policy(spec), parse_budget(std::to_string(limit) + "B"),
-                  {.during_decode = during_decode, .decode_block = *rc::gen::inRange(1, 40), .kv_limit = limit});
+                  {.during_decode = during_decode,
+                   .decode_block = *rc::gen::inRange(1, 40),
+                   .question_tokens = static_cast<int64_t>(question.size()),
+                   .kv_limit = limit});
   SequenceState state = b.model.new_state(b.memory, {.page_slots = 8});
   const auto answer = random_prompt(90, b.vocab, seed + 1);
   try {
@@ -167,9 +172,10 @@ RC_GTEST_PROP(Evictor, HardLimitIsNeverPassed, ()) {
   }
   // What was promised holds to the last token; the account would throw otherwise.
   prefill(b.ctx, b.model, state, prompt, &evictor, {.chunk = 16}, nullptr);
+  if (!question.empty()) prefill(b.ctx, b.model, state, question, watched ? &evictor : nullptr, {.chunk = 16}, nullptr);
   b.decode(state, answer, &evictor);
   RC_ASSERT(b.memory.peak(MemoryTag::kKv) <= limit);
-  RC_ASSERT(state.next_position == n + 90);
+  RC_ASSERT(state.next_position == n + 90 + static_cast<int64_t>(question.size()));
 }
 
 TEST(Evictor, DecodingEvictsAgainInBlocks) {
