@@ -146,19 +146,29 @@ std::string share(const Spread& s, double limit, double scale) {
   return limit > 0 ? fmt::format("{:.1f}, {:.0f} %", s.median * scale, 100 * s.median / limit) : fmt::format("{:.1f}", s.median * scale);
 }
 
+// The better of three measurements: whoever shares the machine can only make a limit look lower than it
+// is, and a share of the limit then looks better than it is.
+MachineLimits best_limits(Context& ctx) {
+  MachineLimits best = measure_machine(ctx);
+  for (int i = 0; i < 2; ++i) {
+    const MachineLimits again = measure_machine(ctx);
+    best.read_bytes_per_s = std::max(best.read_bytes_per_s, again.read_bytes_per_s);
+    best.f32_flops_per_s = std::max(best.f32_flops_per_s, again.f32_flops_per_s);
+    best.bf16_flops_per_s = std::max(best.bf16_flops_per_s, again.bf16_flops_per_s);
+    best.int8_ops_per_s = std::max(best.int8_ops_per_s, again.int8_ops_per_s);
+  }
+  return best;
+}
+
 nlohmann::json spread_json(const Spread& s) { return {{"median", s.median}, {"min", s.low}, {"max", s.high}}; }
 
 int run_bench(const BenchOptions& o) {
-  const std::vector<Variant> variants = list_variants(o.policies, o.budgets, {});
+  const std::vector<Variant> variants = list_variants(split_policies(o.policies), o.budgets, {});
   Engine engine(o.engine);
   const ModelInfo& info = engine.model->info();
   for (int64_t length : o.lengths)
     if (length + o.decode + 1 > info.max_positions)
       throw BadInput("{} tokens and {} decoded ones pass the model's {} positions", length, o.decode, info.max_positions);
-  const MachineLimits limits = measure_machine(engine.ctx);
-  // What the prefill products are held against: operands of bf16 or f32.
-  const bool bf16 = engine.ctx.activations == ActivationType::kBF16;
-  const double flops_limit = bf16 ? limits.bf16_flops_per_s : limits.f32_flops_per_s;
   const auto projections = std::make_shared<OutputProjections>(*engine.model);
 
   std::vector<Cell> cells;
@@ -179,6 +189,11 @@ int run_bench(const BenchOptions& o) {
     }
   }
   progress.finish();
+  const size_t resident = peak_rss();  // before the buffers below
+  const MachineLimits limits = best_limits(engine.ctx);
+  // What the prefill products are held against: operands of bf16 or f32.
+  const bool bf16 = engine.ctx.activations == ActivationType::kBF16;
+  const double flops_limit = bf16 ? std::max(limits.bf16_flops_per_s, limits.f32_flops_per_s) : limits.f32_flops_per_s;
 
   if (o.json) {
     nlohmann::json out = {{"kind", "bench"},
@@ -198,7 +213,7 @@ int run_bench(const BenchOptions& o) {
                             {"bf16_flops_per_second", limits.bf16_flops_per_s},
                             {"int8_ops_per_second", limits.int8_ops_per_s},
                             {"isa", limits.isa}}},
-                          {"peak_rss_bytes", peak_rss()}};
+                          {"peak_rss_bytes", resident}};
     for (const Cell& cell : cells) {
       const Rates r = rates_of(cell, o);
       out["cells"].push_back({{"length", cell.length},
@@ -238,7 +253,7 @@ int run_bench(const BenchOptions& o) {
                       peak("activations"), peak("scratch")});
   }
   print_out(text + markdown_table(speed) + "\n" + markdown_table(memory) +
-            fmt::format("\nprocess peak {} resident\n", human_bytes(static_cast<double>(peak_rss()))));
+            fmt::format("\nprocess peak {} resident\n", human_bytes(static_cast<double>(resident))));
   return 0;
 }
 
@@ -249,7 +264,7 @@ Command add_bench(CLI::App& parent) {
   CLI::App* app = parent.add_subcommand("bench", "Measure prefill and decode: time, bytes, and the share of what this machine can do");
   add_engine_options(*app, o->engine);
   app->add_option("--lengths", o->lengths, "Prompt tokens")->delimiter(',')->check(CLI::Range(1, 1 << 24))->capture_default_str();
-  app->add_option("--policies", o->policies, "Eviction policies beside the full cache")->delimiter(',')->capture_default_str();
+  app->add_option("--policies", o->policies, "Eviction policies beside the full cache")->capture_default_str();
   app->add_option("--budgets", o->budgets, "Each policy at each: 5%, 256, 64MiB, mass:0.99")->delimiter(',')->capture_default_str();
   app->add_option("-n,--decode", o->decode, "Tokens decoded")->check(CLI::Range(1, 1 << 16))->capture_default_str();
   app->add_option("--batch", o->batch, "Sequences decoded at once")->check(CLI::Range(1, 1024))->capture_default_str();

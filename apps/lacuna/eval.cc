@@ -97,7 +97,7 @@ EvalHeader make_header(const EvalOptions& o, const Engine& engine, const std::ve
 
 int run_tasks(const EvalOptions& o) {
   if (o.logs.size() > 1) throw BadInput("--log: one log is written; lacuna eval report joins several");
-  const std::vector<Variant> variants = list_variants(o.policies, o.budgets, o.variants);
+  const std::vector<Variant> variants = list_variants(split_policies(o.policies), o.budgets, o.variants);
   const PromptSpec spec = o.prompts_file.empty() ? builtin_prompt_spec() : parse_prompt_spec(read_text_file(o.prompts_file), o.prompts_file);
   std::vector<std::pair<std::string, JsonlPrompt>> lines;
   for (const std::string& file : o.files)
@@ -149,7 +149,7 @@ std::vector<std::string> plain_texts(const EvalOptions& o) {
 }
 
 int run_fidelity(const EvalOptions& o) {
-  const std::vector<Variant> variants = list_variants(o.policies, o.budgets, o.variants);
+  const std::vector<Variant> variants = list_variants(split_policies(o.policies), o.budgets, o.variants);
   const std::vector<std::string> texts = plain_texts(o);
   Subject subject(o.engine);
   TextOptions options;
@@ -213,7 +213,7 @@ int run_report(const EvalOptions& o) {
 
 void add_variant_options(CLI::App& app, EvalOptions& o) {
   app.add_option("--policies", o.policies, "Eviction policies, with switches: laprox,snapkv,adakv:snapkv,… (docs/policies.md)")
-      ->delimiter(',')->capture_default_str();
+      ->capture_default_str();
   app.add_option("--budgets", o.budgets, "Each policy at each: 5%, 256 (entries a KV head), 64MiB, mass:0.99")->delimiter(',')->capture_default_str();
   app.add_option("--variants", o.variants, "Further caches: POLICY@BUDGET, full+int8, full+int4, POLICY@BUDGET+int4, …")->delimiter(';');
 }

@@ -1,5 +1,6 @@
 #include "eval/variants.h"
 
+#include <algorithm>
 #include <set>
 
 #include "base/error.h"
@@ -30,6 +31,20 @@ Variant parse_variant(const std::string& text) {
   out.budget = parse_budget(rest.substr(at + 1));
   // The canonical name, so that one policy spelled in two ways is one policy.
   out.policy = make_policy(out.policy)->name();
+  return out;
+}
+
+std::vector<std::string> split_policies(const std::vector<std::string>& lists) {
+  std::vector<std::string> out;
+  for (const std::string& list : lists)
+    for (size_t at = 0; at <= list.size();) {
+      const size_t comma = std::min(list.find(',', at), list.size());
+      const std::string part = list.substr(at, comma - at);
+      const bool is_switch = at > 0 && part.find('=') < part.find(':');
+      if (is_switch) out.back() += "," + part;
+      else if (!part.empty()) out.push_back(part);
+      at = comma + 1;
+    }
   return out;
 }
 

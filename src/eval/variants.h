@@ -22,6 +22,10 @@ struct Variant {
 // "full", "full+int8", "laprox@5%", "adakv:snapkv@10%+int4". Throws BadInput.
 Variant parse_variant(const std::string& text);
 
+// Names with commas between them, as commands take them. A policy's switches have commas too: a part that
+// sets a switch belongs to the policy before it ("laprox:gqa=exact,window=64,snapkv" names two).
+std::vector<std::string> split_policies(const std::vector<std::string>& lists);
+
 // The full cache, then every policy at every budget, then `extra` in the parse_variant form; repeats dropped.
 std::vector<Variant> list_variants(const std::vector<std::string>& policies, const std::vector<std::string>& budgets,
                                    const std::vector<std::string>& extra);

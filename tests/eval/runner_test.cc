@@ -235,6 +235,13 @@ TEST_F(TinyModel, FewerBitsAreFewerBytesAndMoreError) {
   }
 }
 
+TEST(Variants, ListsOfPoliciesWithSwitches) {
+  using Names = std::vector<std::string>;
+  EXPECT_EQ(split_policies({"laprox:gqa=exact,window=64,snapkv", "criticalkv:adakv:snapkv:window=64,,h2o"}),
+            (Names{"laprox:gqa=exact,window=64", "snapkv", "criticalkv:adakv:snapkv:window=64", "h2o"}));
+  EXPECT_EQ(split_policies({}), Names{});
+}
+
 TEST(Variants, NamesAndRepeats) {
   EXPECT_EQ(parse_variant("laprox@5%+int4").label(), "laprox@5%+int4");
   EXPECT_EQ(parse_variant("full").label(), "full");

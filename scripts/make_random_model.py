@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""Writes a random-weight Qwen2-style checkpoint in the Hugging Face layout, to measure speed with.
+
+The default is the shape of Qwen2.5-0.5B. Only the standard library is needed. Values repeat after 2**20
+random ones (a prime stride apart from row to row), which changes neither bytes nor operations.
+
+    scripts/make_random_model.py out/ --dtype bf16 [--tokenizer DIR]
+    lacuna bench -m out/ --lengths 512
+"""
+import argparse
+import array
+import json
+import math
+import pathlib
+import random
+import shutil
+import struct
+import sys
+
+POOL = 1 << 20
+STRIDE = 769  # odd, so that rows start at different places of the pool
+
+
+def standard_normals(count):
+    rng = random.Random(1)
+    return [rng.gauss(0.0, 1.0) for _ in range(count)]
+
+
+def encode(values, dtype):
+    """Little-endian bytes of floats in f32 or bf16 (rounded to nearest even)."""
+    f32 = array.array("f", values)
+    if sys.byteorder == "big":
+        f32.byteswap()
+    if dtype == "f32":
+        return f32.tobytes()
+    bits = array.array("I", f32.tobytes())
+    return array.array("H", ((b + 0x7FFF + ((b >> 16) & 1)) >> 16 for b in bits)).tobytes()
+
+
+class Pool:
+    """Random numbers in the file's type, cut into tensors of any size."""
+
+    def __init__(self, std, dtype, normals):
+        self.width = {"f32": 4, "bf16": 2, "int8": 1}[dtype]
+        if dtype == "int8":
+            # Rows of normals have their largest value near 4 standard deviations: code 127 stands for that.
+            codes = (max(-127, min(127, round(x * 127 / 4))) for x in normals)
+            self.bytes = array.array("b", codes).tobytes()
+        else:
+            self.bytes = encode([x * std for x in normals], dtype)
+
+    def write(self, file, elements, start):
+        at = start * STRIDE % POOL * self.width
+        left = elements * self.width
+        while left:
+            piece = self.bytes[at:at + left]
+            file.write(piece)
+            left -= len(piece)
+            at = 0
+
+
+def tensors_of(c, dtype):
+    """(name, shape, kind) in file order; kind is weight, norm or bias."""
+    d, f, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
+    head = d // c["num_attention_heads"]
+    kv = c["num_key_value_heads"] * head
+    yield "model.embed_tokens.weight", (c["vocab_size"], d), "weight"
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        yield p + "input_layernorm.weight", (d,), "norm"
+        for name, rows, bias in (("q", d, True), ("k", kv, True), ("v", kv, True), ("o", d, False)):
+            yield f"{p}self_attn.{name}_proj.weight", (rows, d), "weight"
+            if bias:
+                yield f"{p}self_attn.{name}_proj.bias", (rows,), "bias"
+        yield p + "post_attention_layernorm.weight", (d,), "norm"
+        yield p + "mlp.gate_proj.weight", (f, d), "weight"
+        yield p + "mlp.up_proj.weight", (f, d), "weight"
+        yield p + "mlp.down_proj.weight", (d, f), "weight"
+    yield "model.norm.weight", (d,), "norm"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--dtype", choices=["f32", "bf16", "int8"], default="bf16")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--ffn", type=int, default=4864)
+    parser.add_argument("--heads", type=int, default=14)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--positions", type=int, default=32768)
+    parser.add_argument("--tokenizer", type=pathlib.Path, help="folder whose tokenizer files are copied; its ids must fit --vocab")
+    a = parser.parse_args()
+
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+        "hidden_size": a.hidden, "intermediate_size": a.ffn, "num_hidden_layers": a.layers,
+        "num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads, "vocab_size": a.vocab,
+        "max_position_embeddings": a.positions, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
+        "torch_dtype": {"f32": "float32"}.get(a.dtype, "bfloat16"),
+    }
+    if a.hidden % a.heads or a.heads % a.kv_heads:
+        parser.error(f"{a.hidden} channels, {a.heads} heads and {a.kv_heads} KV heads do not divide")
+    if a.dtype == "int8":
+        config["quantization_config"] = {"quant_method": "lacuna-int8", "bits": 8, "granularity": "per_row"}
+    a.out.mkdir(parents=True, exist_ok=True)
+    (a.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (a.out / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}) + "\n")
+    if a.tokenizer:
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model"):
+            if (a.tokenizer / name).exists():
+                shutil.copyfile(a.tokenizer / name, a.out / name)
+
+    # 0.02 is what such models start training from: a few dozen layers of it keep activations near 1.
+    std, small = 0.02, "f32" if a.dtype == "f32" else "bf16"
+    normals = standard_normals(POOL)
+    weights, biases = Pool(std, a.dtype, normals), Pool(0.01, small, normals)
+    names = {"f32": "F32", "bf16": "BF16", "int8": "I8"}
+    header, writers, offset = {}, [], 0
+
+    def add(name, shape, dtype, write):
+        nonlocal offset
+        size = math.prod(shape) * {"F32": 4, "BF16": 2, "I8": 1}[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+        writers.append(write)
+
+    # Four-byte tensors first: every offset stays a multiple of its element's size.
+    everything = list(tensors_of(config, a.dtype))
+    if a.dtype == "int8":
+        for name, shape, kind in everything:
+            if kind == "weight":
+                scale = struct.pack("<f", std * 4 / 127) * shape[0]
+                add(name + "_scale", (shape[0],), "F32", lambda f, b=scale: f.write(b))
+    for kind in ("norm", "bias", "weight"):
+        for i, (name, shape, own) in enumerate(everything):
+            if own != kind:
+                continue
+            count = math.prod(shape)
+            if kind == "norm":
+                add(name, shape, names[small], lambda f, n=count: f.write(encode([1.0] * n, small)))
+            elif kind == "bias":
+                add(name, shape, names[small], lambda f, n=count, i=i: biases.write(f, n, i))
+            else:
+                add(name, shape, names[a.dtype], lambda f, n=count, i=i: weights.write(f, n, i))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(a.out / "model.safetensors", "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for write in writers:
+            write(f)
+    print(f"{a.out}: {sum(math.prod(s) for _, s, _ in everything) / 1e6:.0f} M parameters, {offset / 1e6:.0f} MB of {a.dtype}")
+
+
+if __name__ == "__main__":
+    main()
