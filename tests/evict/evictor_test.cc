@@ -284,6 +284,37 @@ TEST(Evictor, EvictsWhatAnEarlierCallLeft) {
   EXPECT_EQ(state.kv.positions(1, 1).back(), 149);
 }
 
+// Queries that nobody watched are missing from the window, so those remembered before them are no window.
+TEST(Evictor, WindowEndsAtTokensThatWereNotWatched) {
+  FakeShape shape;
+  shape.layers = 1;
+  Bench b(shape, 31);
+  PolicyNeeds needs;
+  needs.window_rows = 8;
+  struct Watch : LayerObserver {
+    Watch(Bench& b, const PolicyNeeds& needs) : b(b), needs(needs) {}
+    void on_chunk(const LayerTap& tap, SequenceState& state) override {
+      witness.observe(b.ctx, tap, *b.model.attention(0), state.kv, needs);
+    }
+    Bench& b;
+    const PolicyNeeds& needs;
+    LayerWitness witness;
+  } watch(b, needs);
+  EvidenceReader reader(b.model, nullptr);
+  SequenceState state = b.model.new_state(b.memory, {});
+  const auto rows = [&] { return reader.read(b.ctx, state.kv, 0, 0, watch.witness, needs, state.next_position).rows; };
+  const auto read = [&](int64_t tokens, LayerObserver* observer) {
+    prefill(b.ctx, b.model, state, random_prompt(tokens, b.vocab, 1), observer, {.chunk = 3}, nullptr);
+  };
+  read(5, &watch);
+  EXPECT_EQ(rows(), 5);
+  read(6, &watch);
+  EXPECT_EQ(rows(), 8);
+  read(4, nullptr);
+  read(3, &watch);
+  EXPECT_EQ(rows(), 3);
+}
+
 TEST(Evictor, SlidingWindowsAndLayersWithoutAttention) {
   FakeShape shape;
   shape.layers = 4;

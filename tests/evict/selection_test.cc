@@ -133,6 +133,16 @@ RC_GTEST_PROP(Selection, EveryRuleStreamsToItsOneShotSetAndKeepsExactlyK, ()) {
   if (c.rule.streams()) RC_ASSERT(slots(c, run(c, true)) == once);
 }
 
+// Layer budgets that are only known in the end: what an earlier layer is given meanwhile is never too little.
+RC_GTEST_PROP(Selection, MeasuredBudgetsStream, ()) {
+  Case c = random_case(*rc::gen::element(Scope::kHead, Scope::kLayer), *rc::gen::arbitrary<bool>());
+  c.rule.share = LayerShare::kMeasured;
+  for (LayerScores& layer : c.scores) layer.preference = *rc::gen::element(0.0, 0.01, 1.0, 1.0, 2.5);
+  const auto once = slots(c, run(c, false));
+  RC_ASSERT(count(once) == c.plan.keep);
+  RC_ASSERT(slots(c, run(c, true)) == once);
+}
+
 RC_GTEST_PROP(Selection, HeadsOfEqualLengthShareEvenly, ()) {
   Case c = random_case(Scope::kHead, false);
   const int64_t heads = c.sizes.heads();
@@ -221,32 +231,38 @@ RC_GTEST_PROP(Selection, MassKeepsTheShortestListThatReachesIt, ()) {
   }
 }
 
-TEST(Selection, PyramidFallsLinearlyWithDepth) {
+std::vector<int64_t> pyramid(int64_t length, int64_t mean) {
   SelectionRule rule;
   rule.scope = Scope::kHead;
   rule.share = LayerShare::kPyramid;
   CacheSizes sizes;
-  sizes.length.assign(5, {1000, 1000});
+  sizes.length.assign(5, {length, length});
   BudgetPlan plan;
-  plan.keep = 5 * 2 * 100;
+  plan.keep = 5 * 2 * mean;
   Selection s(rule, plan, sizes);
+  HeadScores head;
+  for (int i = 0; i < length; ++i) {
+    head.slot.push_back(i);
+    head.position.push_back(i);
+    head.score.push_back(1);
+  }
+  LayerScores scores;
+  scores.heads = {head, head};
+  std::vector<int64_t> kept;
   for (int l = 0; l < 5; ++l) {
-    LayerScores scores;
-    for (int h = 0; h < 2; ++h) {
-      HeadScores head;
-      for (int i = 0; i < 1000; ++i) {
-        head.slot.push_back(i);
-        head.position.push_back(i);
-        head.score.push_back(1);
-      }
-      scores.heads.push_back(head);
-    }
     s.add_layer(l, scores);
     s.shrink(l == 4);
   }
-  // mean 100, beta 20: 195 at the bottom, 5 at the top.
-  const int64_t expected[] = {195, 148, 100, 52, 5};
-  for (int l = 0; l < 5; ++l) EXPECT_NEAR(static_cast<double>(s.layer(l).heads[0].slot.size()), static_cast<double>(expected[l]), 1) << l;
+  for (int l = 0; l < 5; ++l) kept.push_back(static_cast<int64_t>(s.layer(l).heads[0].slot.size()));
+  return kept;
+}
+
+TEST(Selection, PyramidFallsLinearlyWithDepth) {
+  // Mean 100, beta 20: 195 at the bottom, 5 at the top.
+  const std::vector<int64_t> found = pyramid(1000, 100), expected = {195, 148, 100, 52, 5};
+  for (size_t l = 0; l < 5; ++l) EXPECT_NEAR(static_cast<double>(found[l]), static_cast<double>(expected[l]), 1) << l;
+  // The first layer cannot hold more than it has: the slope gives way, the mean stays.
+  EXPECT_EQ(pyramid(1000, 600), (std::vector<int64_t>{1000, 800, 600, 400, 200}));
 }
 
 TEST(Selection, NanGoesFirst) {
