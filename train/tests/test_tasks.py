@@ -1,0 +1,116 @@
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import PROMPTS
+
+from lacuna_train.evaluate import score
+from lacuna_train.tasks import ANSWER, TASKS_OF_THE_MEAN
+
+TASKS = list(json.loads(PROMPTS.read_text(encoding="utf-8"))["tasks"])
+
+
+def text_of(maker, ids):
+    return maker.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def test_the_mean_is_over_every_task_but_qa():
+    assert sorted(TASKS_OF_THE_MEAN) == sorted(set(TASKS) - {"qa"})
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_pieces_are_the_tokenisation_of_the_whole_text(maker, task, split):
+    for seed, length in ((1, 600), (2, 2048)):
+        example = maker.make(task, np.random.default_rng(seed), length, split=split)
+        text = text_of(maker, example.ids)
+        assert maker.tokenizer.encode(text, add_special_tokens=False).ids == example.ids.tolist()
+        prompt = example.prompt()
+        assert len(prompt) <= length
+        assert len(prompt) >= 0.75 * length
+        assert text_of(maker, prompt).endswith(":")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_same_seed_same_prompt(maker, task):
+    make = lambda seed: maker.make(task, np.random.default_rng(seed), 700).ids.tolist()
+    assert make(5) == make(5)
+    assert make(5) != make(6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_answers_score_one_and_fit_the_new_tokens(maker, task):
+    for seed in range(5):
+        example = maker.make(task, np.random.default_rng(seed), 900)
+        question = example.questions[0]
+        reply = text_of(maker, example.ids[question.answer:question.end])
+        assert reply.startswith(" ") and reply.endswith("\n") and reply.count("\n") == 1
+        assert score(reply, question.references) == 1.0
+        assert score("nothing of the kind", question.references) == 0.0
+        assert question.end - question.answer <= maker.tasks[task]["new_tokens"]
+        assert (example.classes[question.answer:question.end] == ANSWER).all()
+
+
+def context_of(maker, example):
+    return text_of(maker, example.prompt()).rsplit(" [end]\n\n", 1)[0]
+
+
+@pytest.mark.parametrize("task", ["single_number_noise", "single_uuid_book", "multikey_16", "needle_haystack", "passkey",
+                                  "json_lookup", "multivalue", "multiquery", "variable_tracking"])
+def test_every_reference_stands_in_the_context(maker, task):
+    for seed in range(5):
+        example = maker.make(task, np.random.default_rng(seed), 1200)
+        context = context_of(maker, example)
+        assert all(context.count(r) >= 1 for r in example.questions[0].references)
+
+
+def test_values_of_one_key_are_listed_in_the_order_of_the_text(maker):
+    for seed in range(10):
+        example = maker.make("multivalue", np.random.default_rng(seed), 900)
+        context = context_of(maker, example)
+        places = [context.index(v) for v in example.questions[0].references]
+        assert places == sorted(places) and len(places) == 4
+
+
+def test_word_counts(maker):
+    for length in (600, 1500, 4000):
+        example = maker.make("common_words", np.random.default_rng(3), length)
+        counts = Counter(re.findall(r"[a-z]+", context_of(maker, example).split("\n\n", 1)[1]))
+        top = [w for w, _ in counts.most_common(10)]
+        assert sorted(top) == sorted(example.questions[0].references)
+        example = maker.make("frequent_words", np.random.default_rng(3), length)
+        counts = Counter(re.findall(r"[a-z]+", context_of(maker, example).split("\n\n", 1)[1]))
+        assert [w for w, _ in counts.most_common(3)] == example.questions[0].references
+        ordered = [n for _, n in counts.most_common(4)]
+        assert ordered[2] > ordered[3]
+
+
+def test_chains_can_be_followed(maker):
+    example = maker.make("variable_tracking", np.random.default_rng(4), 900, chains=2, questions=2)
+    for question in example.questions:
+        assert len(question.references) == 5
+    first, second = (set(q.references) for q in example.questions)
+    assert not first & second
+
+
+def test_depths_place_the_needle(maker):
+    shares = []
+    for depth in (0.0, 0.5, 0.99):
+        example = maker.make("single_number_noise", np.random.default_rng(1), 1500, depths=np.array([depth]))
+        context = context_of(maker, example)
+        shares.append(context.index(example.questions[0].references[0]) / len(context))
+    assert shares[0] < 0.1 and 0.4 < shares[1] < 0.6 and shares[2] > 0.9
+
+
+def test_impossible_requests_end(maker):
+    with pytest.raises(ValueError):
+        maker.values(np.random.default_rng(0), 100_000, "word")
+    with pytest.raises(ValueError):
+        maker.make("single_number_noise", np.random.default_rng(0), 20)
+
+
+def test_every_digit_group_is_one_token(maker):
+    for text in [f"{i:03d}" for i in range(1000)] + [f"{i:02d}" for i in range(100)]:
+        assert len(maker.tokenizer.encode(text, add_special_tokens=False).ids) == 1
