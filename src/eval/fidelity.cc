@@ -8,7 +8,9 @@ namespace lacuna {
 namespace {
 
 // Stretches of `size` tokens, evenly spread over all texts; a stretch never crosses a text's end.
-std::vector<std::vector<int32_t>> spread_windows(const TextCodec& codec, const std::vector<std::string>& texts, int64_t size, int64_t most) {
+std::vector<std::vector<int32_t>> spread_windows(const Model& model, const TextCodec& codec, const std::vector<std::string>& texts, int64_t size,
+                                                 int64_t most) {
+  if (size > model.info().max_positions) throw BadInput("windows of {} tokens; the model has {} positions", size, model.info().max_positions);
   std::vector<std::vector<int32_t>> all;
   const int64_t own = size - static_cast<int64_t>(codec.before.size());
   if (own < 2) throw BadInput("windows of {} tokens are too short to score", size);
@@ -92,7 +94,7 @@ FidelityResult measure_fidelity(Context& ctx, Model& model, const TextCodec& cod
     throw BadInput("a context of {} and a continuation of {} tokens; at least 1 and 2 are needed", options.context, options.continuation);
   LACUNA_CHECK(!variants.empty() && variants[0].full() && variants[0].format == KvFormat::kNative);
   const ModelInfo& info = model.info();
-  const auto windows = spread_windows(codec, texts, options.context + options.continuation, options.windows);
+  const auto windows = spread_windows(model, codec, texts, options.context + options.continuation, options.windows);
   std::vector<size_t> policy_of;
   const auto policies = collect_policies(variants, policy_of);
   const auto projections = std::make_shared<OutputProjections>(model);
@@ -150,7 +152,7 @@ FidelityResult measure_fidelity(Context& ctx, Model& model, const TextCodec& cod
 PerplexityResult measure_perplexity(Context& ctx, Model& model, const TextCodec& codec, const std::vector<std::string>& texts,
                                     int64_t window, int64_t max_windows, const KvOptions& kv, const PrefillOptions& options,
                                     const std::function<void(int64_t, int64_t)>& progress) {
-  const auto windows = spread_windows(codec, texts, window, max_windows);
+  const auto windows = spread_windows(model, codec, texts, window, max_windows);
   PerplexityResult out;
   std::vector<double> nats, bits;
   for (const auto& ids : windows) {

@@ -68,6 +68,8 @@ std::string how(const EvalHeader& h) {
 
 }  // namespace
 
+std::string length_name(int64_t length) { return length > 0 ? fmt::format("{} tokens", length) : "Prompts of a file, any length"; }
+
 EvalSummary summarise(const EvalRun& run, const std::string& reference) {
   if (run.results.empty()) throw BadInput("there are no results to report");
   EvalSummary out;
@@ -148,7 +150,7 @@ std::string markdown_table(const std::vector<std::vector<std::string>>& rows) {
 std::string markdown_report(const EvalSummary& s) {
   std::string out = how(s.header) + "\n";
   for (const LengthSummary& at : s.lengths) {
-    out += fmt::format("\n### {} tokens: mean of {} task(s), {} prompts, %, with 95 % intervals\n\n", at.length, at.tasks.size(), at.prompts);
+    out += fmt::format("\n### {}: mean of {} task(s), {} prompts, %, with 95 % intervals\n\n", length_name(at.length), at.tasks.size(), at.prompts);
     std::vector<std::vector<std::string>> rows = {{"cache", "KV bytes", "score", "minus full, paired", "p"}};
     for (const VariantSummary& v : at.variants) {
       const bool is_full = s.header.variants[v.variant] == "full";

@@ -58,6 +58,9 @@ std::string html_report(const EvalSummary& summary, const std::string& title);
 std::string markdown_report(const FidelityResult& result);
 Json json_report(const FidelityResult& result);
 
+// "4096 tokens"; lines of a file may not tell their length.
+std::string length_name(int64_t length);
+
 // Rows of equal length as an aligned Markdown table, readable on a terminal; the first column is left-aligned.
 std::string markdown_table(const std::vector<std::vector<std::string>>& rows);
 

@@ -115,8 +115,8 @@ std::string chart(const EvalSummary& s, const LengthSummary& at) {
   };
   const auto py = [&](double score) { return kTop + (1 - score) / (1 - low_y) * (kHeight - kTop - kBottom); };
 
-  std::string out = fmt::format("<div class=\"chart\"><svg viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"Score against KV bytes at {} tokens\">\n",
-                                kWidth, kHeight, at.length);
+  std::string out = fmt::format("<div class=\"chart\"><svg viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"Score against KV bytes, {}\">\n",
+                                kWidth, kHeight, length_name(at.length));
   const double step = low_y >= 0.79 ? 0.05 : low_y >= 0.59 ? 0.1 : 0.2;
   for (double y = 1; y >= low_y - 1e-9; y -= step)
     out += fmt::format("<line class=\"grid\" x1=\"{}\" x2=\"{}\" y1=\"{:.1f}\" y2=\"{:.1f}\"/><text x=\"{}\" y=\"{:.1f}\" text-anchor=\"end\">{:.0f}</text>\n",
@@ -249,7 +249,7 @@ std::string html_report(const EvalSummary& s, const std::string& title) {
       h.first_token == FirstToken::kDense ? "the dense prefill" : "the last prompt token, run again on the smaller cache",
       simulated ? " Caches marked +int are simulated: their values are rounded to what the format can hold, their bytes are what it would need." : "");
   for (const LengthSummary& at : s.lengths) {
-    out += fmt::format("<section><h2>{} tokens</h2>\n<p class=\"soft\">{} prompts of {} task{}.</p>\n", at.length, at.prompts, at.tasks.size(),
+    out += fmt::format("<section><h2>{}</h2>\n<p class=\"soft\">{} prompts of {} task{}.</p>\n", length_name(at.length), at.prompts, at.tasks.size(),
                        at.tasks.size() == 1 ? "" : "s");
     out += chart(s, at) + result_table(s, at) + "</section>\n";
     if (at.tasks.size() > 1) out += "<section>" + task_table(s, at) + "</section>\n";

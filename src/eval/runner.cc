@@ -60,6 +60,9 @@ PromptResult PromptRunner::run(const TaskPrompt& prompt) {
   if (context <= 0 || (options_.query_agnostic && context >= n))
     throw BadInput("task {}: prompt {} does not say where its question begins, so its context cannot be compressed first", prompt.task,
                    prompt.index);
+  if (n + prompt.new_tokens > model_.info().max_positions)
+    throw BadInput("task {}: prompt {} has {} tokens and its answer may take {}; the model has {} positions", prompt.task, prompt.index, n,
+                   prompt.new_tokens, model_.info().max_positions);
   const std::span<const int32_t> ids(prompt.ids);
 
   PromptResult out;
