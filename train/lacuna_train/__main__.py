@@ -1,4 +1,4 @@
-"""python -m lacuna_train prepare | train | evaluate | export"""
+"""python -m lacuna_train prepare | train | evaluate | export | curve"""
 import argparse
 import os
 from pathlib import Path
@@ -37,6 +37,11 @@ def evaluate(args):
 
 def export(args):
     from .export import export as run
+    run(args)
+
+
+def curve(args):
+    from .curve import draw as run
     run(args)
 
 
@@ -100,6 +105,11 @@ def main():
     p.add_argument("--tokenizer", help="folder of tokenizer.json; default: the source folder")
     p.add_argument("--out", required=True)
     p.add_argument("--bf16", action="store_true", help="plain bf16, which transformers loads unchanged")
+
+    p = commands.add_parser("curve", help="draw the losses of a training log as an SVG")
+    p.set_defaults(run=curve)
+    p.add_argument("--log", required=True, help="log.jsonl of train")
+    p.add_argument("--out", required=True)
 
     args = parser.parse_args()
     args.run(args)

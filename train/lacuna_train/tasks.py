@@ -14,7 +14,7 @@ import numpy as np
 
 from .tokenizer import EOS_ID, load_tokenizer
 
-# Loss classes of tokens; schedule.py gives them weights.
+# Loss classes of tokens; mixture.py gives them weights.
 HIDDEN, FRAME, TEXT, ANSWER = 0, 1, 2, 3
 
 TASKS_OF_THE_MEAN = (
