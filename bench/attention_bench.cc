@@ -1,11 +1,14 @@
 // Attention against the machine: FLOP/s of prefill and GB/s of decode, each beside the limit measured
 // in the same run. Rates are of the median call, so that another process's burst doesn't move them.
+// LACUNA_BENCH_THREADS sets the threads (default: all cores). With 1 the clock is the thread's own
+// processor time: on a machine that others use, the only one that repeats.
 #include <benchmark/benchmark.h>
+#include <time.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <memory>
+#include <cstdlib>
 #include <random>
 #include <vector>
 
@@ -16,13 +19,41 @@
 namespace lacuna {
 namespace {
 
+int bench_threads() {
+  const char* threads = std::getenv("LACUNA_BENCH_THREADS");
+  return threads ? std::max(0, std::atoi(threads)) : 0;
+}
+
 struct Bench {
   MemoryAccount memory;
-  Context ctx{memory};
+  Context ctx{memory, bench_threads()};
 };
 Bench& bench() {
   static Bench b;
   return b;
+}
+
+double wall_time() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+double processor_time() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+double now() { return bench().ctx.pool.size() > 1 ? wall_time() : processor_time(); }
+
+// Measured again for every benchmark, on the clock of the benchmark: what one thread reached in wall
+// time, over the share of the processor that it had.
+MachineLimits limits() {
+  const double wall = wall_time(), processor = processor_time();
+  MachineLimits m = measure_machine(bench().ctx, 0.6);
+  if (bench().ctx.pool.size() > 1) return m;
+  const double idle = (wall_time() - wall) / (processor_time() - processor);
+  m.read_bytes_per_s *= idle;
+  m.f32_flops_per_s *= idle;
+  m.bf16_flops_per_s *= idle;
+  return m;
 }
 
 std::vector<float> random_floats(int64_t n) {
@@ -45,7 +76,7 @@ KvCache filled_cache(DType dtype, int kv_heads, int d, int64_t slots) {
   return cache;
 }
 
-// Adds up what the kernels report of one call, so that rates count what was really done.
+// What the kernel reports of its last call: rates count what was really done.
 struct Last : TraceSink {
   void record(const OpRecord& r) override { last = r; }
   OpRecord last;
@@ -55,9 +86,9 @@ template <typename Call>
 double median_seconds(benchmark::State& state, const Call& call) {
   std::vector<double> seconds;
   for (auto _ : state) {
-    const auto start = std::chrono::steady_clock::now();
+    const double start = now();
     call();
-    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    seconds.push_back(now() - start);
   }
   std::nth_element(seconds.begin(), seconds.begin() + static_cast<int64_t>(seconds.size() / 2), seconds.end());
   return seconds[seconds.size() / 2];
@@ -88,7 +119,7 @@ void prefill(benchmark::State& state) {
   std::vector<float> out(q.size());
   const AttentionShape shape{group * kv_heads, kv_heads, 1.0f / std::sqrt(static_cast<float>(d)), state.range(7)};
   const AttentionSequence sequence{q.data(), out.data(), tokens, slots - tokens, cache.views(0)};
-  const MachineLimits limit = measure_machine(ctx, 0.4);
+  const MachineLimits limit = limits();
   Last trace;
   ctx.trace = &trace;
   const double seconds = median_seconds(state, [&] { attention(ctx, cache.layout(0), shape, {&sequence, 1}); });
@@ -117,7 +148,7 @@ void decode(benchmark::State& state) {
     sequences.push_back({&q[static_cast<size_t>(i * row)], &out[static_cast<size_t>(i * row)], 1, slots - 1,
                          caches[static_cast<size_t>(i)].views(0)});
   const AttentionShape shape{group * kv_heads, kv_heads, 1.0f / std::sqrt(static_cast<float>(d))};
-  const MachineLimits limit = measure_machine(ctx, 0.4);
+  const MachineLimits limit = limits();
   Last trace;
   ctx.trace = &trace;
   const double seconds = median_seconds(state, [&] { attention(ctx, caches[0].layout(0), shape, sequences); });
@@ -135,7 +166,7 @@ void window_scores(benchmark::State& state) {
   const KvCache cache = filled_cache(dtype, 1, d, slots);
   const auto q = random_floats(w * group * d);
   std::vector<float> probs(static_cast<size_t>(w * group * slots));
-  const MachineLimits limit = measure_machine(ctx, 0.4);
+  const MachineLimits limit = limits();
   const double seconds = median_seconds(state, [&] {
     window_attention(ctx, cache.layout(0), cache.view(0, 0), q.data(), w, group, 0, slots - w, 0.125f, 0, probs.data());
   });
@@ -151,7 +182,7 @@ void column_sums(benchmark::State& state) {
   const KvCache cache = filled_cache(dtype, 1, d, tokens);
   const auto q = random_floats(tokens * group * d);
   std::vector<float> sums(static_cast<size_t>(tokens * group));
-  const MachineLimits limit = measure_machine(ctx, 0.4);
+  const MachineLimits limit = limits();
   Last trace;
   ctx.trace = &trace;
   const double seconds = median_seconds(state, [&] {
@@ -171,7 +202,7 @@ void append(benchmark::State& state) {
   const auto rows = random_floats(tokens * kv_heads * d);
   std::vector<KvHeadView> views(cache.views(0), cache.views(0) + kv_heads);
   for (KvHeadView& v : views) v.length = 0;
-  const MachineLimits limit = measure_machine(ctx, 0.4);
+  const MachineLimits limit = limits();
   Last trace;
   ctx.trace = &trace;
   const double seconds = median_seconds(
@@ -191,7 +222,7 @@ void elementwise(benchmark::State& state) {
   auto x = random_floats(m * n);
   auto y = x;
   const auto table = random_floats(m * 32);
-  const MachineLimits limit = measure_machine(ctx, 0.4);
+  const MachineLimits limit = limits();
   Last trace;
   ctx.trace = &trace;
   const double seconds = median_seconds(state, [&] {

@@ -15,8 +15,13 @@ constexpr int64_t kBlockRows = 384;
 // Up to so many rows the keys and values are used as they lie, without packing: the time to stream
 // them covers the arithmetic.
 constexpr int64_t kStreamRows = 16;
-// Slots whose scores a streaming item holds at a time: 16 rows * 256 * 4 B = 16 KB, a third of L1.
-constexpr int64_t kStreamTile = 256;
+// Slots whose scores a streaming item holds at a time: one page, so that memory is read in the order it
+// lies in (15 % faster than the keys of eight pages before their values), but not fewer than are worth a
+// softmax step, nor more than fit in a third of L1 (16 rows * 256 * 4 B = 16 KB).
+constexpr int64_t kLeastStreamTile = 32, kStreamTile = 256;
+// How far ahead of its use a stretch is asked for. Measured: nearer, a read from memory is still on its
+// way when it is needed; farther, lines are pushed out of L1 (48 KB) before they are used.
+constexpr int64_t kFetchAhead = 6 * 1024;
 // Slots of a chunk where the keys of few queries are split among threads: 1024 slots are 256 KB or
 // more of f32 at d = 32, against some 5 us to hand out an item. No more than 32 chunks a head, which
 // bounds the partial results.
@@ -46,11 +51,12 @@ struct Job {
   AttentionCounts& counts;
   int64_t group;    // query heads to a KV head
   int64_t ld;       // stride of rows of d elements
-  int64_t fetch_slots;  // whole pages beyond the next
   int64_t q_stride, out_stride;
   float scale;      // log2(e) included
   Item* items = nullptr;
   float* partials = nullptr;
+  int64_t stream_tile = 0;  // slots, whole pages if they fit
+  int64_t fetch_steps = 0;  // stretches from the one in use to the one that is asked for
 
   int d() const { return layout.head_dim; }
   const float* query(const AttentionSequence& s, int64_t head, int64_t token) const {
@@ -195,23 +201,14 @@ void blocked_item(Context& ctx, const Job& job, const Item& item, int thread) {
   finish(job, item, sums, max, total);
 }
 
-// How far ahead of its use a stretch is asked for. Measured: nearer, a read from memory is still on
-// its way (2 KB stretches of int8); farther, lines are pushed out of L1 (48 KB) before they are used.
-constexpr int64_t kFetchAhead = 6 * 1024;
-
-// Asks for what is read kFetchAhead bytes after the stretch that ends at `slot`, in the order of
-// reading: a tile's keys, its values, the next tile's keys.
-const std::byte* fetch_next(const Job& job, const KvHeadView& head, KvPart part, int64_t slot, int64_t tile_begin,
-                            int64_t tile_end, int64_t end) {
-  slot += job.fetch_slots;
-  if (slot >= tile_end && part == KvPart::kKeys) {
-    part = KvPart::kValues;
-    slot = tile_begin + (slot - tile_end);
-  }
-  if (slot >= tile_end && part == KvPart::kValues) part = KvPart::kKeys;
+// Asks for what is read `job.fetch_steps` stretches after the one at `slot`: pages are read one after the
+// other, the keys of a page before its values. Returns where it starts, for the lines to be asked for on
+// the way; the scales lie apart and are few.
+const std::byte* fetch(const Job& job, const KvHeadView& head, KvPart part, int64_t slot, int64_t end) {
+  const int64_t step = static_cast<int64_t>(part) + job.fetch_steps;
+  slot += step / 2 * job.layout.page_slots;
   if (slot >= end) return nullptr;
-  const KvStretch s = stretch(job.pages, head, part, slot, end);
-  // The scales lie apart from the codes and are few: they are asked for here.
+  const KvStretch s = stretch(job.pages, head, static_cast<KvPart>(step % 2), slot, end);
   for (int64_t i = 0; s.scales && i < s.count; i += 16) __builtin_prefetch(s.scales + i);
   return s.codes;
 }
@@ -243,15 +240,15 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
   const auto m = static_cast<int>(rows);
   const int64_t last = end[tokens - 1];
   for (int64_t slot = begin[0], slot_end; slot < last; slot = slot_end) {
-    slot_end = std::min(slot + kStreamTile, last);
+    slot_end = std::min(slot / job.stream_tile * job.stream_tile + job.stream_tile, last);
     for (int64_t at = slot; at < slot_end;) {
       const KvStretch k = stretch(job.pages, head, KvPart::kKeys, at, slot_end);
       job.ops.stream_scores(job.layout.dtype, k.codes, k.scales, static_cast<int>(k.count), job.d(), q, ld, m,
                             scores + (at - slot), kStreamTile,
-                            fetch_next(job, head, KvPart::kKeys, at + k.count, slot, slot_end, last));
+                            fetch(job, head, KvPart::kKeys, at, last));
       at += k.count;
     }
-    row_ranges(begin, end, 0, rows, job.group, slot, kStreamTile, row_begin, row_end);
+    row_ranges(begin, end, 0, rows, job.group, slot, slot_end - slot, row_begin, row_end);
     const auto to = static_cast<int>(round_up(slot_end - slot, kPad));
     job.ops.f32.softmax({scores, kStreamTile, m, row_begin, row_end, 0, to, job.scale, max, total, shrink, scores});
     for (int64_t i = 0; i < rows; ++i)
@@ -260,7 +257,7 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
       const KvStretch v = stretch(job.pages, head, KvPart::kValues, at, slot_end);
       job.ops.stream_values(job.layout.dtype, v.codes, v.scales, static_cast<int>(v.count), job.d(),
                             scores + (at - slot), kStreamTile, m, sums, ld,
-                            fetch_next(job, head, KvPart::kValues, at + v.count, slot, slot_end, last));
+                            fetch(job, head, KvPart::kValues, at, last));
       at += v.count;
     }
   }
@@ -380,12 +377,12 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
           counts,
           shape.query_heads / shape.kv_heads,
           round_up(layout.head_dim, kPad),
-          0,
           shape.q_stride ? shape.q_stride : row,
           shape.out_stride ? shape.out_stride : row,
           shape.scale * kLog2e};
+  job.stream_tile = std::min(round_up(kLeastStreamTile, layout.page_slots), kStreamTile);
   const auto stretch_bytes = static_cast<int64_t>(job.pages.row_bytes * job.pages.slots);
-  job.fetch_slots = (kFetchAhead - 1) / stretch_bytes * layout.page_slots;
+  job.fetch_steps = (kFetchAhead + stretch_bytes - 1) / stretch_bytes;
   const Plan size = plan(job, nullptr, nullptr);
   Carver carve(ctx.workspace<std::byte>(
       ctx.shared_slot(), static_cast<size_t>(192 + size.items * static_cast<int64_t>(sizeof(Item)) +
