@@ -246,15 +246,20 @@ void EvidenceReader::read_norms(Context& ctx, int layer, int head, int group, in
   const float* v = values_.as<float>();
   float* out = ensure(ctx, l1 ? norms_l1_ : norms_, group * slots);
   if (!l1) {
-    const LinearWeight factors = matrix(projections_->factors(ctx, layer) + int64_t{head} * group * d * d, group * d, d);
-    float* rows = ensure(ctx, rows_, std::min(slots, kValueBlock) * group * d);
+    const OutputProjections::Factors factors = projections_->factors(ctx, layer, head);
+    const int64_t half = d / 2, rest = d - half;
+    const LinearWeight upper = matrix(factors.upper, group * half, d), lower = matrix(factors.lower, group * rest, rest);
+    float* top = ensure(ctx, rows_, std::min(slots, kValueBlock) * group * d);
+    float* bottom = top + std::min(slots, kValueBlock) * group * half;
     for (int64_t begin = 0; begin < slots; begin += kValueBlock) {
       const int64_t count = std::min(kValueBlock, slots - begin);
-      linear(ctx, factors, v + begin * d, count, rows);
+      linear(ctx, upper, v + begin * d, count, top, LinearMode::kStore, d);
+      linear(ctx, lower, v + begin * d + half, count, bottom, LinearMode::kStore, d);
       for_rows(ctx, count, [&](int64_t i) {
         for (int h = 0; h < group; ++h) {
-          const float* y = rows + (i * group + h) * d;
-          out[h * slots + begin + i] = std::sqrt(dot(y, y, d));
+          const float* y = top + (i * group + h) * half;
+          const float* z = bottom + (i * group + h) * rest;
+          out[h * slots + begin + i] = std::sqrt(dot(y, y, half) + dot(z, z, rest));
         }
       });
     }

@@ -1,5 +1,6 @@
 #include "evict/projections.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace lacuna {
@@ -95,23 +96,30 @@ void OutputProjections::block(int layer, int head, float* out) const {
   }
 }
 
-const float* OutputProjections::factors(Context& ctx, int layer) {
+OutputProjections::Factors OutputProjections::factors(Context& ctx, int layer, int kv_head) {
   const std::lock_guard lock(mutex_);
   Buffer& buffer = factors_[static_cast<size_t>(layer)];
-  if (buffer) return buffer.as<float>();
   const AttentionLayer& a = *model_.attention(layer);
-  const int64_t rows = a.output.out(), d = a.head_dim;
-  Buffer made(ctx.memory, MemoryTag::kWeights, static_cast<size_t>(a.query_heads * d * d) * sizeof(float));
-  ctx.pool.parallel_for(a.query_heads, [&](int64_t h, int) {
-    std::vector<float> w(static_cast<size_t>(rows * d));
-    block(layer, static_cast<int>(h), w.data());
-    std::vector<double> columns(w.size());
-    for (int64_t o = 0; o < rows; ++o)
-      for (int64_t j = 0; j < d; ++j) columns[static_cast<size_t>(j * rows + o)] = w[static_cast<size_t>(o * d + j)];
-    householder_factor(columns, rows, a.head_dim, made.as<float>() + h * d * d);
-  });
-  buffer = std::move(made);
-  return buffer.as<float>();
+  const int64_t rows = a.output.out(), d = a.head_dim, half = d / 2, rest = d - half;
+  const int64_t group = a.query_heads / a.kv_heads, upper = group * half * d, both = upper + group * rest * rest;
+  if (!buffer) {
+    Buffer made(ctx.memory, MemoryTag::kWeights, static_cast<size_t>(a.kv_heads * both) * sizeof(float));
+    ctx.pool.parallel_for(a.query_heads, [&](int64_t h, int) {
+      std::vector<float> w(static_cast<size_t>(rows * d)), r(static_cast<size_t>(d * d));
+      block(layer, static_cast<int>(h), w.data());
+      std::vector<double> columns(w.size());
+      for (int64_t o = 0; o < rows; ++o)
+        for (int64_t j = 0; j < d; ++j) columns[static_cast<size_t>(j * rows + o)] = w[static_cast<size_t>(o * d + j)];
+      householder_factor(columns, rows, a.head_dim, r.data());
+      float* to = made.as<float>() + h / group * both;
+      std::copy_n(r.data(), half * d, to + h % group * half * d);
+      for (int64_t i = 0; i < rest; ++i)
+        std::copy_n(r.data() + (half + i) * d + half, rest, to + upper + (h % group * rest + i) * rest);
+    });
+    buffer = std::move(made);
+  }
+  const float* found = buffer.as<float>() + kv_head * both;
+  return {found, found + upper};
 }
 
 const float* OutputProjections::products(Context& ctx, int layer) {

@@ -16,8 +16,14 @@ class OutputProjections {
  public:
   explicit OutputProjections(const Model& model);
 
-  // R_h of every query head, stacked: [H * d, d] f32, rows h*d … belong to head h.
-  const float* factors(Context& ctx, int layer);
+  // R_h of every query head, f32. Being upper triangular, the lower half of its rows has no left half:
+  // for each KV head the upper rows of its r heads, [r * (d/2), d], then the lower ones without their zeros,
+  // [r * (d - d/2), d - d/2]; head h's rows are the h-th part of either.
+  struct Factors {
+    const float* upper = nullptr;
+    const float* lower = nullptr;
+  };
+  Factors factors(Context& ctx, int layer, int kv_head);
   // W_O^h W_O^h'^T for the pairs h <= h' of every group, symmetrised: [G, r (r+1) / 2, d, d] f32.
   const float* products(Context& ctx, int layer);
   // (W_O^h)^T as f32 [D, d], whatever the stored dtype.
