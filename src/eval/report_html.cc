@@ -248,6 +248,7 @@ std::string html_report(const EvalSummary& s, const std::string& title) {
       h.query_agnostic ? "The context was compressed before the question was known." : "The question was in the prompt when the cache was made smaller.",
       h.first_token == FirstToken::kDense ? "the dense prefill" : "the last prompt token, run again on the smaller cache",
       simulated ? " Caches marked +int are simulated: their values are rounded to what the format can hold, their bytes are what it would need." : "");
+  if (!s.depths.empty()) out += depth_maps(s);
   for (const LengthSummary& at : s.lengths) {
     out += fmt::format("<section><h2>{}</h2>\n<p class=\"soft\">{} prompts of {} task{}.</p>\n", length_name(at.length), at.prompts, at.tasks.size(),
                        at.tasks.size() == 1 ? "" : "s");
@@ -255,7 +256,6 @@ std::string html_report(const EvalSummary& s, const std::string& title) {
     if (at.tasks.size() > 1) out += "<section>" + task_table(s, at) + "</section>\n";
     if (const std::string compared = comparison_table(s, at.length); !compared.empty()) out += "<section>" + compared + "</section>\n";
   }
-  if (!s.depths.empty()) out += depth_maps(s);
   return out + "</body>\n</html>\n";
 }
 
