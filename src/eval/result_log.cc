@@ -114,6 +114,9 @@ ResultLog::ResultLog(const std::filesystem::path& path, const EvalHeader& header
   run_.header = header;
   if (path.empty()) return;
   std::error_code failed;
+  // A log is read back before it is continued, which a device or a pipe cannot promise.
+  if (std::filesystem::exists(path, failed) && !std::filesystem::is_regular_file(path, failed))
+    throw BadInput("{} is not a regular file; a log that can be continued needs one", path.string());
   if (std::filesystem::exists(path, failed) && std::filesystem::file_size(path, failed) > 0) {
     Parsed old = parse_log(read_text_file(path), path.string());
     if (old.good_bytes > 0) {

@@ -153,6 +153,8 @@ TEST_F(LogFile, OtherRunsAndBrokenLinesAreRefused) {
   EXPECT_THROW(ResultLog(path, run.header), CorruptData);
   EXPECT_THROW(read_result_log(path), CorruptData);
   EXPECT_THROW(ResultLog("no/such/folder/log", run.header), IoError);
+  EXPECT_THROW(ResultLog("/dev/full", run.header), BadInput);
+  EXPECT_THROW(ResultLog(".", run.header), BadInput);
 }
 
 }  // namespace
