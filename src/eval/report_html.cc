@@ -92,11 +92,13 @@ std::string marker(const Look& look, double x, double y) {
   }
 }
 
-std::string chart(const EvalSummary& s, const LengthSummary& at) {
+// Score against bytes, from the lowest score on (closeup = false), or only what comes within ten points of
+// the full cache. Empty where a close-up would show nothing new.
+std::string chart(const EvalSummary& s, const LengthSummary& at, bool closeup) {
   constexpr double kWidth = 560, kHeight = 330, kLeft = 44, kRight = 14, kTop = 14, kBottom = 44;
   const std::vector<Series> all = series_of(s, at);
   if (all.empty()) return "";
-  double low_x = 1, high_x = 0, low_y = 1;
+  double low_x = 1, high_x = 0, low_y = 1, high_y = 1;
   const VariantSummary* full = nullptr;
   for (const VariantSummary& v : at.variants) {
     if (s.header.variants[v.variant] == "full") full = &v;
@@ -110,15 +112,22 @@ std::string chart(const EvalSummary& s, const LengthSummary& at) {
   high_x = std::min(1.25, high_x * 1.25);
   low_y = std::max(0.0, std::floor(low_y * 10) / 10);
   if (low_y >= 1) low_y = 0.9;
+  if (closeup) {
+    if (!full || full->score.value - 0.25 < low_y) return "";
+    double top = full->score.high;
+    for (const VariantSummary& v : at.variants) top = std::max(top, v.score.high);
+    low_y = std::floor(full->score.value * 50 - 5) / 50;
+    high_y = std::min(1.0, std::ceil(top * 50) / 50);
+  }
   const auto px = [&](double share) {
     return kLeft + (std::log(std::max(share, low_x)) - std::log(low_x)) / (std::log(high_x) - std::log(low_x)) * (kWidth - kLeft - kRight);
   };
-  const auto py = [&](double score) { return kTop + (1 - score) / (1 - low_y) * (kHeight - kTop - kBottom); };
+  const auto py = [&](double score) { return kTop + (high_y - score) / (high_y - low_y) * (kHeight - kTop - kBottom); };
 
   std::string out = fmt::format("<div class=\"chart\"><svg viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"Score against KV bytes, {}\">\n",
                                 kWidth, kHeight, length_name(at.length));
-  const double step = low_y >= 0.79 ? 0.05 : low_y >= 0.59 ? 0.1 : 0.2;
-  for (double y = 1; y >= low_y - 1e-9; y -= step)
+  const double span = high_y - low_y, step = span <= 0.16 ? 0.02 : span <= 0.21 ? 0.05 : span <= 0.41 ? 0.1 : 0.2;
+  for (double y = high_y; y >= low_y - 1e-9; y -= step)
     out += fmt::format("<line class=\"grid\" x1=\"{}\" x2=\"{}\" y1=\"{:.1f}\" y2=\"{:.1f}\"/><text x=\"{}\" y=\"{:.1f}\" text-anchor=\"end\">{:.0f}</text>\n",
                        kLeft, kWidth - kRight, py(y), py(y), kLeft - 7, py(y) + 4, 100 * y);
   for (double tick : {0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0}) {
@@ -131,6 +140,9 @@ std::string chart(const EvalSummary& s, const LengthSummary& at) {
   if (full)
     out += fmt::format("<line class=\"full\" x1=\"{}\" x2=\"{}\" y1=\"{:.1f}\" y2=\"{:.1f}\"><title>full cache: {:.1f} %</title></line>\n", kLeft,
                        kWidth - kRight, py(full->score.value), py(full->score.value), 100 * full->score.value);
+  const std::string clip = fmt::format("clip-{}-{}", at.length, closeup ? "near" : "all");
+  out += fmt::format("<clipPath id=\"{}\"><rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\"/></clipPath><g clip-path=\"url(#{})\">\n", clip, kLeft,
+                     kTop - 6, kWidth - kLeft - kRight, kHeight - kTop - kBottom + 6, clip);
   for (size_t i = 0; i < all.size(); ++i) {
     const Look look = look_of(i);
     // Lines at one budget stand beside each other, or their intervals would hide one another.
@@ -145,7 +157,9 @@ std::string chart(const EvalSummary& s, const LengthSummary& at) {
     }
     out += fmt::format("<polyline points=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"1.6\"{}/>\n{}", line, look.colour, look.dash, marks);
   }
-  out += "</svg></div>\n<ul class=\"legend\">";
+  out += "</g></svg></div>\n";
+  if (closeup) return "<h3>Close to the full cache</h3>" + out;
+  out += "<ul class=\"legend\">";
   for (size_t i = 0; i < all.size(); ++i) {
     const Look look = look_of(i);
     out += fmt::format("<li><svg viewBox=\"0 0 34 12\" aria-hidden=\"true\"><line x1=\"1\" x2=\"33\" y1=\"6\" y2=\"6\" stroke=\"{}\" stroke-width=\"1.6\"{}/>{}</svg>{}</li>",
@@ -252,7 +266,7 @@ std::string html_report(const EvalSummary& s, const std::string& title) {
   for (const LengthSummary& at : s.lengths) {
     out += fmt::format("<section><h2>{}</h2>\n<p class=\"soft\">{} prompts of {} task{}.</p>\n", length_name(at.length), at.prompts, at.tasks.size(),
                        at.tasks.size() == 1 ? "" : "s");
-    out += chart(s, at) + result_table(s, at) + "</section>\n";
+    out += chart(s, at, false) + chart(s, at, true) + result_table(s, at) + "</section>\n";
     if (at.tasks.size() > 1) out += "<section>" + task_table(s, at) + "</section>\n";
     if (const std::string compared = comparison_table(s, at.length); !compared.empty()) out += "<section>" + compared + "</section>\n";
   }
