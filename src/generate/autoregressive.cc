@@ -76,6 +76,7 @@ void AutoregressiveGenerator::read_prompt(Sequence& s, size_t index, const Gener
     EvictorOptions evictor;
     const Budget budget = parse_budget(e.budget);
     evictor.during_decode = e.during_decode;
+    evictor.question_tokens = static_cast<int64_t>(e.question.size());
     // A budget in bytes is a promise about this request's cache at every moment.
     if (budget.kind == Budget::Kind::kBytes) evictor.kv_limit = static_cast<size_t>(budget.value);
     const auto policy = make_policy(e.policy);
@@ -88,7 +89,9 @@ void AutoregressiveGenerator::read_prompt(Sequence& s, size_t index, const Gener
   if (s.evictor) s.evictor->finish(s.state, request.prompt, options);
   if (ask_later) {
     const auto& question = request.eviction->question;
-    prefill(ctx_, model_, s.state, question, nullptr, options, s.logits.data());
+    // Evicting again while decoding scores by the latest queries, the question's among them.
+    LayerObserver* watcher = request.eviction->during_decode ? s.evictor.get() : nullptr;
+    prefill(ctx_, model_, s.state, question, watcher, options, s.logits.data());
     s.history.insert(s.history.end(), question.begin(), question.end());
   }
   s.result.prompt_tokens = static_cast<int64_t>(s.history.size());

@@ -145,6 +145,15 @@ TEST_F(Stories, ByteBudgetHoldsAtEveryMoment) {
   EXPECT_LE(g.stats().kv_peak_bytes, size_t{300} << 10);
 }
 
+TEST_F(Stories, ByteBudgetHoldsWithAQuestionAskedLater) {
+  auto r = request(long_prompt(), 120);
+  r.eviction = EvictionRequest{"laprox", "300KiB", true, tokenizer->encode("Then Tom and Lily saw a big red ball in the park", false)};
+  r.sampling.ignore_eos = true;
+  auto g = generator();
+  EXPECT_EQ(g.generate({&r, 1})[0].ids.size(), 120u);
+  EXPECT_LE(g.stats().kv_peak_bytes, size_t{300} << 10);
+}
+
 TEST_F(Stories, RefusesWhatCannotBe) {
   auto g = generator();
   auto r = request(long_prompt() + long_prompt() + long_prompt(), 10);
