@@ -6,7 +6,6 @@
 #include <time.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <random>
@@ -33,27 +32,22 @@ Bench& bench() {
   return b;
 }
 
-double wall_time() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-double processor_time() {
+double now() {
   timespec t;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  clock_gettime(bench().ctx.pool.size() > 1 ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID, &t);
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
-double now() { return bench().ctx.pool.size() > 1 ? wall_time() : processor_time(); }
 
-// Measured again for every benchmark, on the clock of the benchmark: what one thread reached in wall
-// time, over the share of the processor that it had.
+// Measured again for every benchmark: the best of several short looks, one of which the neighbours leave alone.
 MachineLimits limits() {
-  const double wall = wall_time(), processor = processor_time();
-  MachineLimits m = measure_machine(bench().ctx, 0.6);
-  if (bench().ctx.pool.size() > 1) return m;
-  const double idle = (wall_time() - wall) / (processor_time() - processor);
-  m.read_bytes_per_s *= idle;
-  m.f32_flops_per_s *= idle;
-  m.bf16_flops_per_s *= idle;
-  return m;
+  MachineLimits best;
+  for (int i = 0; i < 24; ++i) {
+    const MachineLimits m = measure_machine(bench().ctx, 0.02, size_t{64} << 20);
+    best.read_bytes_per_s = std::max(best.read_bytes_per_s, m.read_bytes_per_s);
+    best.f32_flops_per_s = std::max(best.f32_flops_per_s, m.f32_flops_per_s);
+    best.bf16_flops_per_s = std::max(best.bf16_flops_per_s, m.bf16_flops_per_s);
+  }
+  return best;
 }
 
 std::vector<float> random_floats(int64_t n) {
