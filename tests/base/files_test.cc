@@ -99,7 +99,6 @@ TEST_F(Files, FullDiskIsAnIoErrorAndLeavesNothing) {
 
 TEST_F(Files, DevicesAreWrittenNotReplaced) {
   struct stat info {};
-  if (::stat("/dev/full", &info) != 0) GTEST_SKIP() << "this system has no /dev/full";
   const std::string text = message([] { write_file("/dev/full", "x"); });
   EXPECT_NE(text.find("/dev/full"), std::string::npos) << text;
   ASSERT_EQ(::stat("/dev/full", &info), 0);
