@@ -85,7 +85,7 @@ Sample run_once(Engine& engine, const BenchOptions& o, const Variant& variant, c
 
   states.reserve(static_cast<size_t>(o.batch));
   while (static_cast<int64_t>(states.size()) < o.batch)
-    states.push_back(SequenceState{states[0].kv.copy(engine.ctx), states[0].next_position});
+    states.push_back(states[0].copy(engine.ctx));
   std::vector<SequenceState*> rows;
   cell.kv_bytes = 0;
   for (SequenceState& state : states) {

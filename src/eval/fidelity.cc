@@ -118,7 +118,7 @@ FidelityResult measure_fidelity(Context& ctx, Model& model, const TextCodec& cod
     for (size_t v = 0; v < variants.size(); ++v) {
       KvCache cache = variant_cache(ctx, variants[v], policy_of[v], dense, board);
       row[v].kv_bytes = format_bytes(cache, variants[v].format);
-      SequenceState state{std::move(cache), dense.next_position};
+      SequenceState state{std::move(cache), dense.recurrent.copy(ctx.memory), dense.next_position};
       float* all = v == 0 ? full_logits.data() : logits.data();
       prefill(ctx, model, state, ids.subspan(context, tokens), v == 0 ? &full : &view, options.prefill, nullptr, all);
       // The last position's prediction has no true next token.

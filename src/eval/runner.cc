@@ -50,7 +50,7 @@ SequenceState PromptRunner::make_state(size_t variant, const SequenceState& dens
   KvCache cache = variant_cache(ctx_, variants_[variant], policy_of_[variant], dense, board);
   out.kv_slots = cache.total_slots();
   out.kv_bytes = format_bytes(cache, variants_[variant].format);
-  return SequenceState{std::move(cache), dense.next_position};
+  return SequenceState{std::move(cache), dense.recurrent.copy(ctx_.memory), dense.next_position};
 }
 
 PromptResult PromptRunner::run(const TaskPrompt& prompt) {

@@ -77,7 +77,7 @@ class Decoder : public Model {
     shape.layers.assign(static_cast<size_t>(config_.layers), {config_.kv_heads, config_.head_dim});
     shape.dtype = options.dtype;
     shape.page_slots = options.page_slots;
-    return SequenceState{KvCache(account, std::move(shape)), 0};
+    return SequenceState{KvCache(account, std::move(shape)), {}, 0};
   }
 
   void embed(Context& ctx, std::span<const int32_t> ids, float* hidden) const override {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cache/kv_cache.h"
+#include "cache/recurrent_state.h"
 #include "kernels/linear.h"
 
 namespace lacuna {
@@ -41,7 +42,10 @@ struct KvOptions {
 // All that a model remembers of one sequence.
 struct SequenceState {
   KvCache kv;
+  RecurrentState recurrent;   // of layers with a state instead of, or beside, keys and values
   int64_t next_position = 0;  // original position of the next token
+  // A snapshot: a prefix kept for reuse, with its own memory.
+  SequenceState copy(Context& ctx) const { return {kv.copy(ctx), recurrent.copy(ctx.memory), next_position}; }
 };
 
 // One sequence's rows in a batch: `tokens` new tokens at positions first_position, …
@@ -102,8 +106,18 @@ class Model {
 
 enum class WeightMode : uint8_t { kStored, kInt8 };
 
+// Keys that a query of a sliding-window layer of width W sees, itself included, in models whose
+// published code disagrees with itself (SpikingBrain). kConfig: what config.json says, or kOfficial.
+enum class WindowRule : uint8_t {
+  kConfig,
+  kOfficial,  // W + 1 in a call that starts a sequence, W in later calls: Hugging Face's flash path
+  kExact,     // W
+  kPlusOne,   // W + 1: the vLLM plugin
+};
+
 struct LoadOptions {
   WeightMode weights = WeightMode::kStored;
+  WindowRule window = WindowRule::kConfig;
   bool check_finite = true;  // reads every weight once and refuses NaN and infinity
 };
 

@@ -10,27 +10,31 @@ std::string_view op_kind_name(OpKind kind) {
 }
 
 void OpTotals::record(const OpRecord& r) {
-  Sum& s = sums_[static_cast<size_t>(r.kind)];
-  ++s.calls;
-  s.macs += r.macs;
-  s.weight_bytes += r.weight_bytes;
-  s.activation_bytes += r.activation_bytes;
-  s.kv_read_bytes += r.kv_read_bytes;
-  s.kv_write_bytes += r.kv_write_bytes;
-  s.duration_ns += r.duration_ns;
+  sums_[static_cast<size_t>(r.kind)] +=
+      {1,             r.macs,   r.weight_bytes,    r.activation_bytes, r.kv_read_bytes, r.kv_write_bytes, r.state_bytes, r.inputs,
+       r.silent_inputs, r.spikes, r.synaptic_ops, r.experts,          r.duration_ns};
+}
+
+OpTotals::Sum& OpTotals::Sum::operator+=(const Sum& o) {
+  calls += o.calls;
+  macs += o.macs;
+  weight_bytes += o.weight_bytes;
+  activation_bytes += o.activation_bytes;
+  kv_read_bytes += o.kv_read_bytes;
+  kv_write_bytes += o.kv_write_bytes;
+  state_bytes += o.state_bytes;
+  inputs += o.inputs;
+  silent_inputs += o.silent_inputs;
+  spikes += o.spikes;
+  synaptic_ops += o.synaptic_ops;
+  experts += o.experts;
+  duration_ns += o.duration_ns;
+  return *this;
 }
 
 OpTotals::Sum OpTotals::total() const {
   Sum t;
-  for (const Sum& s : sums_) {
-    t.calls += s.calls;
-    t.macs += s.macs;
-    t.weight_bytes += s.weight_bytes;
-    t.activation_bytes += s.activation_bytes;
-    t.kv_read_bytes += s.kv_read_bytes;
-    t.kv_write_bytes += s.kv_write_bytes;
-    t.duration_ns += s.duration_ns;
-  }
+  for (const Sum& s : sums_) t += s;
   return t;
 }
 

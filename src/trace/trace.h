@@ -29,6 +29,12 @@ struct OpRecord {
   int64_t kv_write_bytes = 0;
   int64_t kv_tokens_kept = 0;
   int64_t kv_tokens_evicted = 0;
+  int64_t state_bytes = 0;           // recurrent states, read + written
+  int64_t inputs = 0;                // spike-coded layers: input activations, over all rows
+  int64_t silent_inputs = 0;         // … those with a spike count of 0
+  int64_t spikes = 0;                // … ones over all time steps (popcount of |count|)
+  int64_t synaptic_ops = 0;          // … additions of a weight executed for a spike
+  int64_t experts = 0;               // expert bodies run (those with at least one token)
   int64_t duration_ns = 0;
 };
 
@@ -44,8 +50,9 @@ class OpTotals : public TraceSink {
  public:
   struct Sum {
     int64_t calls = 0, macs = 0, weight_bytes = 0, activation_bytes = 0, kv_read_bytes = 0, kv_write_bytes = 0,
-            duration_ns = 0;
-    int64_t bytes() const { return weight_bytes + activation_bytes + kv_read_bytes + kv_write_bytes; }
+            state_bytes = 0, inputs = 0, silent_inputs = 0, spikes = 0, synaptic_ops = 0, experts = 0, duration_ns = 0;
+    int64_t bytes() const { return weight_bytes + activation_bytes + kv_read_bytes + kv_write_bytes + state_bytes; }
+    Sum& operator+=(const Sum& other);
   };
   void record(const OpRecord& r) override;
   const Sum& of(OpKind kind) const { return sums_[static_cast<size_t>(kind)]; }
