@@ -70,7 +70,7 @@ class FakeModel : public Model {
     for (const Layer& l : layers_) shape.layers.push_back(l.present ? KvCacheShape::Layer{shape_.kv_heads, shape_.head_dim} : KvCacheShape::Layer{});
     shape.dtype = options.dtype;
     shape.page_slots = options.page_slots;
-    return {KvCache(account, std::move(shape)), 0};
+    return {KvCache(account, std::move(shape)), {}, 0};
   }
   void embed(Context&, std::span<const int32_t> ids, float* hidden) const override {
     for (size_t i = 0; i < ids.size(); ++i)
