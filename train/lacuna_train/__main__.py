@@ -3,6 +3,8 @@ import argparse
 import os
 from pathlib import Path
 
+from .mixture import EVICT_SHARE, LOOK_WEIGHT
+
 HERE = Path(__file__).resolve().parent
 PROMPTS = HERE.parents[1] / "presets" / "prompts" / "tasks.json"
 
@@ -73,6 +75,8 @@ def main():
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--muon-lr", type=float, default=0.01)
     p.add_argument("--adam-lr", type=float, default=0.002)
+    p.add_argument("--evict-share", type=float, default=EVICT_SHARE, help="steps that train for eviction, of all; 0: none")
+    p.add_argument("--look-weight", type=float, default=LOOK_WEIGHT, help="of the look-ahead loss; 0: none")
     p.add_argument("--log-seconds", type=float, default=10)
     p.add_argument("--save-seconds", type=float, default=100, help="a checkpoint this often, and at the end")
     p.add_argument("--hidden", type=int, default=384)

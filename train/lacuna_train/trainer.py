@@ -23,7 +23,7 @@ from .model import Decoder, ModelConfig, count_parameters, rms_norm, used
 from .optim import drop_bad_gradients, make_optimizers
 from .tasks import ANSWER, TEXT
 
-LOOK_FROM, LOOK_WEIGHT = 0.15, 0.1
+LOOK_FROM = 0.15
 REPLY_WEIGHT = 0.3
 DECAY_FROM = 0.45
 ROUND_FROM = 0.8
@@ -230,14 +230,14 @@ def start_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu"), 0, 1
 
 
-def plan_step(seed, step, progress, ranks, longest):
+def plan_step(seed, step, progress, ranks, longest, evict_share):
     """(kind, length, progress) of a step, the same on every rank."""
     if ranks > 1:
         shared = torch.tensor([progress], dtype=torch.float64)
         shared = shared.cuda() if torch.cuda.is_available() else shared
         dist.broadcast(shared, 0)
         progress = float(shared)
-    kind, length = draw_step(np.random.default_rng([seed, 7, step]), progress, longest)
+    kind, length = draw_step(np.random.default_rng([seed, 7, step]), progress, longest, evict_share)
     return kind, length, progress
 
 
@@ -293,7 +293,8 @@ def run(args, begun, out, device, rank, ranks, feed):
     saved_at = logged
     while True:
         while feed.wants() and asked - step < AHEAD:
-            kind, length, progress = plan_step(args.seed, asked, min(clock.progress(), 1.0), ranks, args.longest)
+            kind, length, progress = plan_step(args.seed, asked, min(clock.progress(), 1.0), ranks, args.longest,
+                                               args.evict_share)
             feed.request(asked, kind, length, progress)
             asked += 1
         _, kind, length, arrays, release = feed.next()
@@ -302,7 +303,7 @@ def run(args, begun, out, device, rank, ranks, feed):
         progress = clock.progress()
         draw = np.random.default_rng([args.seed, 8, step])
         model.rounding.fill_(float(progress >= ROUND_FROM))
-        step_of.scalars["look"].fill_(LOOK_WEIGHT if progress >= LOOK_FROM else 0.0)
+        step_of.scalars["look"].fill_(args.look_weight if progress >= LOOK_FROM else 0.0)
         step_of.scalars["share"].fill_(math.exp(draw.uniform(math.log(0.03), math.log(0.3))))
         step_of.scalars["temperature"].fill_(math.exp(draw.uniform(math.log(0.15), 0.0)))
         step_of.scalars["laprox"].fill_(float(draw.random() < 0.5))

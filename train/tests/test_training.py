@@ -66,8 +66,8 @@ def test_schedule_depends_on_the_share_of_time_alone():
     assert [longest_length(p) for p in (0.0, 0.999)] == [LENGTHS[0], LENGTHS[-1]]
     assert longest_length(1.0) == LENGTHS[-1]
     assert learning_rate_factor(0.0) == 1.0 and learning_rate_factor(1.0) == 0.0
-    plans = [plan_step(1, s, s / 100, 1, 16384) for s in range(100)]
-    resumed = [plan_step(1, s, s / 100, 1, 16384) for s in range(60, 100)]
+    plans = [plan_step(1, s, s / 100, 1, 16384, 0.12) for s in range(100)]
+    resumed = [plan_step(1, s, s / 100, 1, 16384, 0.12) for s in range(60, 100)]
     assert plans[60:] == resumed
     assert max(draw_step(np.random.default_rng(s), 0.99, 4096)[1] for s in range(50)) == 4096
     clock = Clock(300.0, 400.0)
