@@ -71,8 +71,8 @@ def main():
     p.add_argument("--longest", type=int, default=16384)
     p.add_argument("--workers", type=int, default=max(1, cpus - 3))
     p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--muon-lr", type=float, default=0.01)
-    p.add_argument("--adam-lr", type=float, default=0.002)
+    p.add_argument("--muon-lr", type=float, help="default: 0.01, or 0.005 in a conversion")
+    p.add_argument("--adam-lr", type=float, help="default: 0.002, or 0.001 in a conversion")
     p.add_argument("--log-seconds", type=float, default=10)
     p.add_argument("--save-seconds", type=float, default=100, help="a checkpoint this often, and at the end")
     p.add_argument("--hidden", type=int, default=384)
@@ -81,6 +81,16 @@ def main():
     p.add_argument("--heads", type=int, default=6)
     p.add_argument("--kv-heads", type=int, default=2)
     p.add_argument("--vocab", type=int, default=8192)
+    p.add_argument("--token-budget", type=float, default=float("inf"), help="the run is also over after so many tokens")
+    p.add_argument("--end-with-call", action="store_true", help="shorten the run to what --seconds leaves after compiling")
+    p.add_argument("--arch", choices=["qwen2", "gla_swa"], default="qwen2")
+    p.add_argument("--from", metavar="DIR", help="gla_swa: the Qwen2 folder to convert; its shape counts, not the options'")
+    p.add_argument("--window", type=int, default=512, help="gla_swa: keys that a query of an odd layer sees, its own included")
+    p.add_argument("--full-attention", type=int, nargs="*", default=[], metavar="LAYER",
+                   help="gla_swa: odd layers, counted from 0, that see the whole row")
+    p.add_argument("--gate-bias", default="0", help="gla_swa: a number, or spread: half-lives from 16 to 16,384 tokens")
+    p.add_argument("--distill", type=float, default=0.0, help="gla_swa: weight of the divergence from the parent's distribution")
+    p.add_argument("--spike-from", type=float, default=1.0, help="gla_swa: spike-coded activations from this share of the run on")
 
     p = commands.add_parser("evaluate", help="task accuracy, bits per byte and a look at eviction")
     p.set_defaults(run=evaluate)
@@ -97,6 +107,9 @@ def main():
     p.add_argument("--seconds", type=float, default=1e9, help="stop, with what there is, after so many seconds")
     p.add_argument("--workers", type=int, default=cpus)
     p.add_argument("--seed", type=int, default=1234)
+    p.add_argument("--spikes", nargs="+", default=["off"], metavar="CODING",
+                   help="off, config (the folder's spike_coding), or k of all sites; several are compared on the same prompts")
+    p.add_argument("--bits-tokens", type=int, default=1 << 20, help="bits per byte over so many tokens a length")
     p.add_argument("--no-bits", action="store_true", help="leave out bits per byte")
 
     p = commands.add_parser("export", help="write a Hugging Face checkpoint: int8 per row, or --bf16")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from .hybrid import Hybrid, HybridConfig
 from .model import INT8_MAX, Decoder, ModelConfig
+from .spike import DOWN_IN, SITES
 from .tokenizer import EOS_ID
 
 QUANTIZATION = {"quant_method": "lacuna-int8", "bits": 8, "granularity": "per_row"}
@@ -113,6 +114,24 @@ def read_spike_coding(folder):
     """The config's `spike_coding`, or None."""
     path = Path(folder) / "config.json"
     return json.loads(path.read_text(encoding="utf-8")).get("spike_coding") if path.exists() else None
+
+
+def coded_k(coding, config, folder):
+    """k [layers, 4] of a coding, or None: "off", "config" for what the folder's config.json says, or a number for all."""
+    if coding == "off":
+        return None
+    shape = config.num_hidden_layers, len(SITES)
+    if coding != "config":
+        return torch.full(shape, float(coding))
+    found = read_spike_coding(folder)
+    if found is None:
+        raise ValueError(f"{folder}/config.json has no spike_coding; calibrate writes one")
+    k = torch.tensor(found["k_by_layer"]) if "k_by_layer" in found else torch.full(shape, float(found["k"]))
+    if tuple(k.shape) != shape:
+        raise ValueError(f"{folder}/config.json: k_by_layer is {list(k.shape)}, not {list(shape)}")
+    if found["mode"] == "reference":  # the official code's down_proj sees no spikes (spec section 3.3)
+        k[:, DOWN_IN] = 0.0
+    return k
 
 
 def load_model(source, compute, device, compiled=False):

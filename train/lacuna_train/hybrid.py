@@ -15,7 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import gla
 from .model import Decoder, Layer, ModelConfig, causal_attention, feed_forward, project, projections, wide
-from .spike import SITES
 
 GATE_GAIN = 2 ** -2.5  # of the gate's matrices, Xavier uniform (spec section 4)
 HALF_LIVES = 16, 16384  # tokens: the range of `spread_bias`
@@ -127,9 +126,6 @@ def spread_bias(c):
 class Hybrid(Decoder):
     def __init__(self, config, compute=torch.bfloat16, compiled=False):
         super().__init__(config, compute, compiled)
-        # k of every layer and site where activations are spike-coded, 0 where they go as they are.
-        self.register_buffer("spike_k", torch.zeros(config.num_hidden_layers, len(SITES)), persistent=False)
-        self.coded = False  # whether the bodies look at spike_k at all
         for layer in self.layers:
             if layer.kind == "gla":
                 for part in layer.attn["gk_proj"]:
@@ -150,9 +146,6 @@ class Hybrid(Decoder):
     def head(self):
         return self.table if self.lm_head is None else self.lm_head.weight
 
-    def spike_of(self, layer):
-        return self.spike_k[layer.index] if self.coded else None
-
     def gla_inputs(self, layer, x, compiled=True):
         c = self.config
         body = self._gla if compiled else before_gla
@@ -160,7 +153,7 @@ class Hybrid(Decoder):
                     c.num_key_value_heads, c.gate_divisor, c.rms_norm_eps, self.compute, self.spike_of(layer))
 
     def run_layer(self, layer, x, rows, positions, watch=None, compiled=True, inside=None):
-        """x [T, D] through one layer. `watch` is told (layer, q, k, v), or (layer, state) of a linear layer.
+        """x [T, D] through one layer. `watch` is told (index, layer, q, k, v), or (index, layer, state) of a linear layer.
 
         inside [T, 1, 1]: 0 for the padding behind a row's end, which then leaves a state as it was."""
         if layer.kind == "gla":
@@ -176,15 +169,5 @@ class Hybrid(Decoder):
             else:
                 mixed = window_attention(q, k, v, rows, self.config.window)
         if watch is not None:
-            watch(layer, *seen)
+            watch(layer.index, layer, *seen)
         return self.rest(layer, x, mixed, compiled)
-
-    def run(self, ids, watch=None, compiled=True, lengths=None):
-        """ids [B, n] -> hidden states [B·n, D] before the last norm; lengths [B]: what is behind them is padding."""
-        rows, length = ids.shape
-        column = torch.arange(length, device=ids.device)
-        inside = None if lengths is None else (column < lengths[:, None]).reshape(-1, 1, 1)
-        x = self.embed(ids.reshape(-1))
-        for layer in self.layers:
-            x = self.run_layer(layer, x, rows, column.repeat(rows), watch, compiled, inside)
-        return x

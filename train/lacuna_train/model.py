@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .spike import ATTN_IN, DOWN_IN, MLP_IN, O_IN, sent
+from .spike import ATTN_IN, DOWN_IN, MLP_IN, O_IN, SITES, sent
 
 INT8_MAX = 127
 
@@ -97,6 +97,15 @@ def token_losses(x, norm, head, targets, rounding, eps, dtype):
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
+def taught_losses(x, norm, head, targets, aim, aim_norm, aim_head, rounding, eps, dtype):
+    """Cross-entropy of every token, and the divergence KL(teacher || x) of its whole distribution, [T] each.
+
+    aim [T, D]: the teacher's hidden states, before its last norm."""
+    own = (rms_norm(x, norm, eps, dtype) @ used(head, rounding, dtype).T).float().log_softmax(-1)
+    other = (rms_norm(aim, aim_norm, eps, dtype) @ aim_head.to(dtype).T).float().log_softmax(-1)
+    return -own.gather(1, targets[:, None])[:, 0], (other.exp() * (other - own)).sum(-1)
+
+
 def projections(c):
     width, narrow = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     return nn.ModuleDict({
@@ -112,8 +121,9 @@ def feed_forward(c):
 
 
 class Layer(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, index):
         super().__init__()
+        self.index = index
         self.input_layernorm = nn.RMSNorm(c.hidden_size)
         self.self_attn = projections(c)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size)
@@ -175,11 +185,15 @@ class Decoder(nn.Module):
             for matrix in (layer.mixer["o_proj"].weight, layer.mlp["down_proj"].weight):
                 matrix.data.mul_((2 * config.num_hidden_layers) ** -0.5)
         self._before, self._after, self._losses = map(self.wrap, (before_attention, after_attention, token_losses))
+        self._taught = self.wrap(taught_losses)
+        # k of every layer and site where activations are spike-coded, 0 where they go as they are.
+        self.register_buffer("spike_k", torch.zeros(config.num_hidden_layers, len(SITES)), persistent=False)
+        self.coded = False  # whether the bodies look at spike_k at all
 
     def build(self, c):
         """The embedding and the layers, under the names of their layout."""
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_hidden_layers))
 
     def wrap(self, body):
         return torch.compile(body, dynamic=False) if self.compiled else body
@@ -194,9 +208,15 @@ class Decoder(nn.Module):
         """What hidden states become logits with, [vocabulary, D]."""
         return self.table
 
+    def code(self, k):
+        """Spike-codes activations with k [layers, 4] from now on, 0 where they go as they are; None: nowhere."""
+        self.coded = k is not None
+        if self.coded:
+            self.spike_k.copy_(torch.as_tensor(k))
+
     def spike_of(self, layer):
         """k of the layer's sites [4], or None where activations are not coded."""
-        return None
+        return self.spike_k[layer.index] if self.coded else None
 
     def embed(self, ids):
         return F.embedding(ids, used(self.table, self.rounding, wide(self.compute)))
@@ -219,25 +239,35 @@ class Decoder(nn.Module):
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
         return causal_attention(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1, 2)
 
-    def run(self, ids, watch=None, compiled=True):
-        """ids [B, n] -> hidden states [B·n, D] before the last norm.
+    def run_layer(self, layer, x, rows, positions, watch=None, compiled=True, inside=None):
+        """x [T, D] through one layer; inside [T, 1, 1]: 0 behind a row's end, which no earlier token sees anyway."""
+        q, k, v = self.qkv(layer, x, positions, compiled)
+        if watch is not None:
+            watch(layer.index, layer, q, k, v)
+        return self.rest(layer, x, self.rows_attention(q, k, v, rows), compiled)
+
+    def run(self, ids, watch=None, compiled=True, lengths=None):
+        """ids [B, n] -> hidden states [B·n, D] before the last norm; lengths [B]: what is behind them is padding.
 
         `watch(layer_index, layer, q, k, v)` sees every layer's attention inputs.
         """
         rows, length = ids.shape
-        positions = torch.arange(length, device=ids.device).repeat(rows)
+        column = torch.arange(length, device=ids.device)
+        inside = None if lengths is None else (column < lengths[:, None]).reshape(-1, 1, 1)
+        positions = column.repeat(rows)
         x = self.embed(ids.reshape(-1))
-        for index, layer in enumerate(self.layers):
-            q, k, v = self.qkv(layer, x, positions, compiled)
-            if watch is not None:
-                watch(index, layer, q, k, v)
-            x = self.rest(layer, x, self.rows_attention(q, k, v, rows), compiled)
+        for layer in self.layers:
+            x = self.run_layer(layer, x, rows, positions, watch, compiled, inside)
         return x
 
     def losses(self, x, targets, compiled=True):
         body = self._losses if compiled else token_losses
         return body(x, self.norm.weight, self.head, targets, self.rounding, self.config.rms_norm_eps,
                     self.compute)
+
+    def losses_and_divergence(self, x, targets, aim, teacher):
+        return self._taught(x, self.norm.weight, self.head, targets, aim, teacher.norm.weight, teacher.head, self.rounding,
+                            self.config.rms_norm_eps, self.compute)
 
     def logits(self, x):
         h = rms_norm(x, self.norm.weight, self.config.rms_norm_eps, self.compute)

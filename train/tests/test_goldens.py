@@ -45,7 +45,7 @@ def check_decoder(case, io):
             if layer.kind == "gla":
                 parts |= zip("qkvg", model.gla_inputs(layer, x))
 
-            def watch(_, *seen):
+            def watch(_, __, *seen):
                 parts.update({"state": seen[0][0]} if len(seen) == 1 else zip("qkv", seen))
 
             x = model.run_layer(layer, x, 1, positions, watch)

@@ -110,8 +110,8 @@ def test_padding_leaves_states_and_outputs_alone():
     lengths = torch.tensor([90, 37])
     states, short = [], []
     with torch.no_grad():
-        out = model.run(ids, lambda layer, *seen: states.append(seen[0]) if len(seen) == 1 else None, lengths=lengths)
-        alone = model.run(ids[1:, :37], lambda layer, *seen: short.append(seen[0]) if len(seen) == 1 else None)
+        out = model.run(ids, lambda i, layer, *seen: states.append(seen[0]) if len(seen) == 1 else None, lengths=lengths)
+        alone = model.run(ids[1:, :37], lambda i, layer, *seen: short.append(seen[0]) if len(seen) == 1 else None)
     assert (out.view(2, 90, -1)[1, :37] - alone).abs().max() < 1e-4
     assert len(states) == 2 and all((a[1] - b[0]).abs().max() < 1e-4 for a, b in zip(states, short))
 
