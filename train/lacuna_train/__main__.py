@@ -1,4 +1,4 @@
-"""python -m lacuna_train prepare | train | evaluate | export | curve"""
+"""python -m lacuna_train prepare | train | evaluate | export | calibrate | unpickle | curve"""
 import argparse
 import os
 from pathlib import Path
@@ -37,6 +37,11 @@ def evaluate(args):
 
 def export(args):
     from .export import export as run
+    run(args)
+
+
+def calibrate(args):
+    from .calibrate import calibrate as run
     run(args)
 
 
@@ -118,6 +123,21 @@ def main():
     p.add_argument("--tokenizer", help="folder of tokenizer.json; default: the source folder")
     p.add_argument("--out", required=True)
     p.add_argument("--bf16", action="store_true", help="plain bf16, which transformers loads unchanged")
+
+    p = commands.add_parser("calibrate", help="choose how activations are spike-coded, and write it into the config")
+    p.set_defaults(run=calibrate)
+    p.add_argument("--model", required=True, help="folder that export wrote")
+    p.add_argument("--data", required=True)
+    p.add_argument("--out", required=True, help="the folder again, with spike_coding; may be the same")
+    p.add_argument("--mode", choices=["paper", "reference"], default="paper", help="reference: down_proj's input is not coded")
+    p.add_argument("--samples", type=int, default=128, help="text samples, from the training books")
+    p.add_argument("--length", type=int, default=512, help="tokens of a sample")
+    p.add_argument("--level", type=float, default=0.69, help="silent windows to reach")
+    p.add_argument("--grid", type=float, nargs="+", default=[2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 4, 5], help="k to choose from")
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--bits-length", type=int, default=2048)
+    p.add_argument("--bits-tokens", type=int, default=1 << 18)
+    p.add_argument("--no-bits", action="store_true", help="leave out bits per byte")
 
     p = commands.add_parser("curve", help="draw the losses of a training log as an SVG")
     p.set_defaults(run=curve)
