@@ -1,6 +1,7 @@
 """python -m lacuna_train prepare | train | evaluate | export | calibrate | unpickle | curve"""
 import argparse
 import os
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -43,6 +44,14 @@ def export(args):
 def calibrate(args):
     from .calibrate import calibrate as run
     run(args)
+
+
+def unpickle(args):
+    from .unpickle import Refused, unpickle as run
+    try:
+        run(args)
+    except (Refused, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def curve(args):
@@ -138,6 +147,11 @@ def main():
     p.add_argument("--bits-length", type=int, default=2048)
     p.add_argument("--bits-tokens", type=int, default=1 << 18)
     p.add_argument("--no-bits", action="store_true", help="leave out bits per byte")
+
+    p = commands.add_parser("unpickle", help="pytorch_model*.bin to safetensors, without running what a pickle says")
+    p.set_defaults(run=unpickle)
+    p.add_argument("--in", required=True, help="folder of the shards")
+    p.add_argument("--out", required=True)
 
     p = commands.add_parser("curve", help="draw the losses of a training log as an SVG")
     p.set_defaults(run=curve)
