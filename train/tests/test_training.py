@@ -12,7 +12,8 @@ from lacuna_train.feed import batch_rng, slot_arrays
 from lacuna_train.mixture import ANSWER_CAP, LENGTHS, Mixture, draw_step, longest_length
 from lacuna_train.model import Decoder, ModelConfig
 from lacuna_train.tasks import ANSWER, TaskMaker
-from lacuna_train.trainer import Clock, Step, Update, learning_rate_factor, plan_step
+from lacuna_train.recipe import Clock, learning_rate_factor
+from lacuna_train.trainer import Step, Update, plan_step
 
 TOKENS = 2048
 
@@ -66,8 +67,8 @@ def test_schedule_depends_on_the_share_of_time_alone():
     assert [longest_length(p) for p in (0.0, 0.999)] == [LENGTHS[0], LENGTHS[-1]]
     assert longest_length(1.0) == LENGTHS[-1]
     assert learning_rate_factor(0.0) == 1.0 and learning_rate_factor(1.0) == 0.0
-    plans = [plan_step(1, s, s / 100, 1, 16384, 0.12) for s in range(100)]
-    resumed = [plan_step(1, s, s / 100, 1, 16384, 0.12) for s in range(60, 100)]
+    plans = [plan_step(1, s, s / 100, 1, 16384) for s in range(100)]
+    resumed = [plan_step(1, s, s / 100, 1, 16384) for s in range(60, 100)]
     assert plans[60:] == resumed
     assert max(draw_step(np.random.default_rng(s), 0.99, 4096)[1] for s in range(50)) == 4096
     clock = Clock(300.0, 400.0)
