@@ -101,12 +101,16 @@ def main():
     p.add_argument("--vocab", type=int, default=8192)
     p.add_argument("--token-budget", type=float, default=float("inf"), help="the run is also over after so many tokens")
     p.add_argument("--end-with-call", action="store_true", help="shorten the run to what --seconds leaves after compiling")
+    p.add_argument("--check", nargs="?", choices=["first", "only"], const="first",
+                   help="before the run compare with the CPU and time a step of each length; only: and stop")
     p.add_argument("--arch", choices=["qwen2", "gla_swa"], default="qwen2")
     p.add_argument("--from", metavar="DIR", help="gla_swa: the Qwen2 folder to convert; its shape counts, not the options'")
     p.add_argument("--window", type=int, default=512, help="gla_swa: keys that a query of an odd layer sees, its own included")
     p.add_argument("--full-attention", type=int, nargs="*", default=[], metavar="LAYER",
                    help="gla_swa: odd layers, counted from 0, that see the whole row")
     p.add_argument("--gate-bias", default="0", help="gla_swa: a number, or spread: half-lives from 16 to 16,384 tokens")
+    p.add_argument("--norm-init", choices=["one", "match"], default="one",
+                   help="gla_swa: g_norm's start: 1, or the size of the parent's attention on a text")
     p.add_argument("--distill", type=float, default=0.0, help="gla_swa: weight of the divergence from the parent's distribution")
     p.add_argument("--spike-from", type=float, default=1.0, help="gla_swa: spike-coded activations from this share of the run on")
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from . import evict
+from .check import check
 from .feed import Feed, slot_arrays
 from .mixture import draw_step
 from .model import count_parameters, rms_norm, used
@@ -26,6 +27,7 @@ from .tasks import ANSWER, TEXT
 
 REPLY_WEIGHT = 0.3
 SAVE_SECONDS = 8  # kept free at the end of a call for the checkpoint
+CHECK_STEP = 10 ** 9  # batches of the check are none of the run's
 AHEAD = 24  # steps requested from the data workers before they are needed
 
 
@@ -286,6 +288,16 @@ def run(args, begun, out, device, rank, ranks, feed):
     if cuda:  # compiling is no training
         for length in recipe.lengths:
             step_of.capture("pack", length)
+    if args.check:
+        def batch_of(length):
+            feed.request(CHECK_STEP + length, "pack", length, recipe.mix(0.0))
+            _, _, _, arrays, release = feed.next()
+            step_of.load(arrays)
+            release()
+
+        check(model, step_of, recipe.lengths or (args.longest,), args.tokens, batch_of, device, say)
+        if args.check == "only":
+            return
     total = args.total_seconds
     if args.end_with_call:
         total = min(total, state["seconds"] + deadline - time.monotonic())

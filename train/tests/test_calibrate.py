@@ -123,12 +123,15 @@ def test_the_commands_of_a_conversion(data, tmp_path, monkeypatch, capsys):
     write_checkpoint(parent, {"model." + k: v for k, v in model.state_dict().items()}, tmp_path / "parent", int8=True)
     run = lambda *a: lacuna(monkeypatch, capsys, *a)
     train = ["train", "--data", data, "--out", tmp_path / "run", "--from", tmp_path / "parent", "--arch", "gla_swa",
-             "--window", 64, "--gate-bias", "spread", "--distill", 1, "--spike-from", 0.5, "--tokens", 1024,
+             "--window", 64, "--gate-bias", "spread", "--norm-init", "match", "--distill", 1, "--spike-from", 0.5, "--tokens", 1024,
              "--longest", 1024, "--workers", 1, "--token-budget", 4096]
     run(*train, "--steps", 1)
-    run(*train)
+    run(*train, "--check")
     events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [e["resumed_at"] for e in events if e.get("event") == "start"] == [0, 1]
+    checks = [e for e in events if e.get("event") == "check"]
+    assert [e["length"] for e in checks if e.get("what") == "step"] == [512, 1024] and checks[-1]["ok"]
+    assert checks[0]["float32"] < 1e-5 and all(e["gradient"] > 0 for e in checks if e.get("what") == "step")
     assert events[-1]["finished"] and events[-1]["tokens"] == 4096  # the budget ends it, not the clock
     assert all(0 < e["divergence"] < 9 for e in events if "divergence" in e)
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)

@@ -1,13 +1,16 @@
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_hybrid import SMALL, small_hybrid
 
 from lacuna_train.export import coded_k, dequantize, load_model, read_config, write_checkpoint
 from lacuna_train.generate import HybridGenerator
 from lacuna_train.hybrid import HybridConfig
 from lacuna_train.model import Decoder, ModelConfig
-from lacuna_train.recipe import Clock, convert
+from lacuna_train.recipe import Clock, convert, match_norms
 
 PARENT = ModelConfig(vocab_size=128, hidden_size=48, intermediate_size=40, num_hidden_layers=4, num_attention_heads=6,
                      num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
@@ -58,6 +61,22 @@ def test_conversion_takes_over_the_parents_weights(tmp_path, full):
     assert not convert(tmp_path, 16, full, "0", torch.float32).layers[0].attn["gk_proj"][1].bias.any()
 
 
+def test_matched_norms_are_as_loud_as_the_parent(tmp_path):
+    write_parent(tmp_path)
+    model, parent = convert(tmp_path, 16, [], "0", torch.float32), load_model(tmp_path, torch.float32, "cpu")
+    for p in parent.layers.parameters():
+        p.data.mul_(3.0)  # away from the start, where everything is small
+    ids = torch.randint(0, 128, (2, 60))
+    match_norms(model, parent, ids)
+    seen = {}
+    with torch.no_grad():
+        parent.run(ids, lambda i, layer, q, k, v: seen.update({i: parent.rows_attention(q, k, v, 2)}))
+    for layer in model.layers:
+        if layer.kind == "gla":
+            weight = layer.attn["g_norm"].weight
+            assert torch.allclose(weight, seen[layer.index].square().mean().sqrt().expand(8))
+
+
 def test_conversion_refuses_what_is_no_parent(tmp_path):
     model = small_hybrid()
     write_checkpoint(SMALL, {"model." + k: v for k, v in model.state_dict().items()}, tmp_path, int8=True)
@@ -77,13 +96,11 @@ def test_export_and_back(tmp_path, int8):
         error = (tensors[name] - tensor).abs().max()
         exact = int8 and (tensor.ndim == 1 or "gk_proj" in name)
         assert error == 0 if exact else error < 0.01 * tensor.abs().max(), name
-    import json
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["model_type"] == "gla_swa" and written["architectures"] == ["GLAswaForCausalLM"]
     assert written["norm_eps"] == config.rms_norm_eps and written["sliding_window"] == 16 and written["hidden_act"] == "swish"
     assert written["attn_layers"] == [1, 3] and written["full_attention_layers"] == [3] and written["tie_word_embeddings"]
     assert written["window_rule"] == "exact" and ("quantization_config" in written) == int8
-    from safetensors.torch import load_file
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["model.layers.0.attn.gk_proj.0.weight"].dtype == (torch.float32 if int8 else torch.bfloat16)
     assert stored["model.embeddings.weight"].dtype == (torch.int8 if int8 else torch.bfloat16)
