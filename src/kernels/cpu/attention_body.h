@@ -229,7 +229,7 @@ void add_exponentials(const float* scores, int64_t count, float scale, float max
 [[gnu::always_inline]] inline void prefetch(const void* next, int64_t offset, int64_t bytes) {
   if (!next) return;
   // Rows shorter than a line ask for it more than once, which costs an instruction, not a transfer.
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(next) + offset + b);
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(next) + offset + b, 0, 2);
 }
 
 // Queries that share a pass over the keys or values: each is then loaded and widened once for all of

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <numeric>
 
 namespace lacuna::cpu {
 namespace {
@@ -123,7 +124,7 @@ void row_ranges(const int64_t* begin, const int64_t* end, int64_t row, int64_t n
 // What an item takes from its thread's workspace; 64 bytes for each part cover the alignment.
 int64_t workspace_bytes(const Job& job, const Item& item) {
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), element = job.tile.element;
-  if (job.streams(item)) return 12 * 64 + rows * (3 * job.ld * 4 + kStreamTile * 6 + 32) + tokens * 16;
+  if (job.streams(item)) return 13 * 64 + rows * (3 * job.ld * 4 + kStreamTile * 6 + 96) + tokens * 16;
   return 14 * 64 + rows * (job.ld * (element + 4) + 8) + 3 * kKeyTile * job.ld * element + kRowBlock * kKeyTile * 8 +
          kRowBlock * 12 + tokens * 16;
 }
@@ -239,6 +240,7 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
   // Probabilities in bf16 pairs lie apart from the scores.
   const bool pairs = narrow && dtype == DType::kBF16;
   auto* narrow_p = carve.take<uint16_t>(pairs ? rows * kStreamTile : 0);
+  auto* narrow_total = carve.take<float>(narrow ? rows * 16 : 0);
 
   for (int64_t t = 0; t < tokens; ++t)
     job.ops.f32.rows(DType::kF32, job.query(s, item.head, item.token_begin + t), nullptr, job.group, job.d(),
@@ -249,7 +251,7 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
   std::fill_n(total, rows, 0.0f);
   visible_slots(job, item, begin, end);
 
-  const TileOps& softmax = pairs ? *job.ops.bf16 : job.ops.f32;
+  std::fill_n(narrow_total, narrow ? rows * 16 : 0, 0.0f);
   void* p = pairs ? static_cast<void*>(narrow_p) : scores;
   const int64_t last = end[tokens - 1];
   for (int64_t slot = begin[0], slot_end; slot < last; slot = slot_end) {
@@ -267,7 +269,12 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
     }
     row_ranges(begin, end, 0, rows, job.group, slot, slot_end - slot, row_begin, row_end);
     const auto to = static_cast<int>(round_up(slot_end - slot, kPad));
-    softmax.softmax({scores, kStreamTile, m, row_begin, row_end, 0, to, job.scale, max, total, shrink, p});
+    const SoftmaxStep step{scores, kStreamTile, m, row_begin, row_end, 0, to, job.scale, max,
+                           narrow ? narrow_total : total, shrink, p};
+    if (narrow)
+      narrow->softmax(dtype, step);
+    else
+      job.ops.f32.softmax(step);
     for (int64_t i = 0; i < rows; ++i)
       if (shrink[i] != 1.0f) job.ops.scale_row(sums + i * ld, shrink[i], ld, sums + i * ld);
     for (int64_t at = slot; at < slot_end;) {
@@ -283,7 +290,10 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
       at += v.count;
     }
   }
-  if (narrow) narrow->restore(dtype, sums, ld, m, job.d());
+  if (narrow) {
+    narrow->restore(dtype, sums, ld, m, job.d());
+    for (int64_t i = 0; i < rows; ++i) total[i] = std::accumulate(narrow_total + i * 16, narrow_total + i * 16 + 16, 0.0f);
+  }
   finish(job, item, sums, max, total);
 }
 

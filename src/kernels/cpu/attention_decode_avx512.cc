@@ -19,8 +19,8 @@ namespace lacuna::cpu {
 namespace {
 
 constexpr int kLanes = Vec::kLanes;
-// Slots whose digits and interleaved values are alive at a time: 64 * 64 B of values, 2 KB of digits.
-constexpr int kBlock = 64;
+// Slots whose digits and interleaved values are alive at a time: 2 KB of values, 1 KB of digits.
+constexpr int kBlock = 32;
 constexpr int kMaxRows = 16;
 constexpr int kMaxDim = 256;
 
@@ -33,9 +33,9 @@ inline __m512i word(const void* p) {
 }
 inline int least(int a, int b) { return a < b ? a : b; }
 
-// The part of the cache that is read next is asked for a line at a time between products: as many lines
-// at once as a core has misses outstanding (24) would hold everything up.
-[[gnu::always_inline]] inline void prefetch(const char* line) { __builtin_prefetch(line); }
+// The part of the cache that is read next is asked for a line at a time between products, and into L2:
+// L1 keeps no more than 24 misses, which is 15 GB/s at 100 ns each, and whatever else misses waits.
+[[gnu::always_inline]] inline void prefetch(const char* line) { __builtin_prefetch(line, 0, 2); }
 
 // ---- queries --------------------------------------------------------------------------------------
 // Both kinds: word c of row i at [c * step + i], so that heads that share a key lie side by side.
@@ -108,10 +108,73 @@ void prepare(DType dtype, const float* q, int64_t ldq, int rows, int d, void* ou
 
 // ---- scores ---------------------------------------------------------------------------------------
 
-// Scores of kQ rows, `first` on, with sixteen keys, transposed in `keys` [d / 4][16] words.
-template <int kQ>
-void digit_scores(const int32_t* keys, int d, const DigitQuery& query, int rows, int first_row, Vec key_scale,
-                  __mmask16 live, float* out, int64_t ld, const char* next) {
+// Calls f(c, word c of sixteen rows) for the 64 bytes of each row from `rows` on.
+template <class F>
+[[gnu::always_inline]] inline void each_word(const char* rows, int64_t step, F f) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = words(rows + i * step);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+  // a[4q + c] now holds word c of each of the four 128-bit quarters, for rows 4q … 4q + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i x = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x88), y = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xdd);
+    const __m512i z = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0x88),
+                  w = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0xdd);
+    f(c, _mm512_shuffle_i32x4(x, z, 0x88));
+    f(c + 4, _mm512_shuffle_i32x4(y, w, 0x88));
+    f(c + 8, _mm512_shuffle_i32x4(x, z, 0xdd));
+    f(c + 12, _mm512_shuffle_i32x4(y, w, 0xdd));
+  }
+}
+
+struct Scores {
+  const char* rows;     // sixteen keys of `row` bytes each, or
+  const int32_t* keys;  // the same transposed: [row / 4][16] words
+  const void* query;
+  int count, d, row;  // query rows; elements and bytes of a key
+  Vec key_scale;
+  __mmask16 live;
+  float* out;
+  int64_t ld;
+  const char* next;  // sixteen keys' lines, one a word of the products
+};
+
+// Few query rows leave registers for the transposed keys; for more they are put down and read again.
+// Digits have two sums a row.
+constexpr int kDirectPairs = 4, kDirectDigits = 3;
+
+template <int kQ, bool kDirect, class F>
+[[gnu::always_inline]] inline void each_key_word(const Scores& s, const char* next, F f) {
+  if constexpr (kDirect) {
+    for (int c = 0; c < s.row / 4; c += kLanes)
+      each_word(s.rows + c * 4, s.row, [&](int w, __m512i k) __attribute__((always_inline)) {
+        if (next) prefetch(next + (c + w) * 64);
+        f(c + w, k);
+      });
+  } else {
+    for (int c = 0; c < s.row / 4; ++c) {
+      if (next) prefetch(next + c * 64);
+      f(c, words(s.keys + c * kLanes));
+    }
+  }
+}
+
+template <int kQ, bool kDirect>
+void digit_scores(int first_row, const Scores& s) {
+  const DigitQuery query(const_cast<void*>(s.query), s.count, s.d);
+  const int rows = s.count;
   __m512i hi[kQ], lo[kQ];
 #pragma GCC unroll 8
   for (int i = 0; i < kQ; ++i) {
@@ -120,46 +183,46 @@ void digit_scores(const int32_t* keys, int d, const DigitQuery& query, int rows,
   }
   const int32_t* q = query.digits + first_row;
   const __m512i flip = _mm512_set1_epi32(static_cast<int>(0x80808080u));
-  for (int c = 0; c < d / 4; ++c, q += 2 * rows) {
-    if (next) prefetch(next + c * 64);
-    const __m512i k = _mm512_xor_si512(words(keys + c * kLanes), flip);
+  each_key_word<kQ, kDirect>(s, first_row ? nullptr : s.next, [&](int c, __m512i key) __attribute__((always_inline)) {
+    const __m512i k = _mm512_xor_si512(key, flip);
+    const int32_t* at = q + 2 * rows * c;
 #pragma GCC unroll 8
     for (int i = 0; i < kQ; ++i) {
-      hi[i] = _mm512_dpbusd_epi32(hi[i], k, _mm512_set1_epi32(q[i]));
-      lo[i] = _mm512_dpbusd_epi32(lo[i], k, _mm512_set1_epi32(q[rows + i]));
+      hi[i] = _mm512_dpbusd_epi32(hi[i], k, _mm512_set1_epi32(at[i]));
+      lo[i] = _mm512_dpbusd_epi32(lo[i], k, _mm512_set1_epi32(at[rows + i]));
     }
-  }
+  });
 #pragma GCC unroll 8
   for (int i = 0; i < kQ; ++i) {
     const Vec dot = {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(hi[i], 8), lo[i]))};
-    _mm512_mask_storeu_ps(out + i * ld, live, (dot * (key_scale * set1(query.scale[first_row + i]))).v);
+    _mm512_mask_storeu_ps(s.out + (first_row + i) * s.ld, s.live,
+                          (dot * (s.key_scale * set1(query.scale[first_row + i]))).v);
   }
 }
 
-// The same with keys [d / 2][16] and queries [d / 2][rows] in bf16 pairs.
-template <int kQ>
-void pair_scores(const int32_t* keys, int d, const int32_t* q, int rows, __mmask16 live, float* out, int64_t ld,
-                 const char* next) {
-  // Few rows would wait for their own sums: even and odd words apart.
-  constexpr int kChains = kQ <= 2 ? 4 : kQ <= 4 ? 2 : 1;
+template <int kQ, bool kDirect>
+void pair_scores(int first_row, const Scores& s) {
+  const int rows = s.count;
+  const int32_t* q = static_cast<const int32_t*>(s.query) + first_row;
+  // Few rows would wait for their own sums: every other word apart.
+  constexpr int kChains = kQ <= 4 ? 2 : 1;
   __m512 sums[kQ * kChains];
-#pragma GCC unroll 16
-  for (int i = 0; i < kQ * kChains; ++i) sums[i] = _mm512_setzero_ps();
-  for (int c = 0; c < d / 2; c += kChains)
-#pragma GCC unroll 4
-    for (int j = 0; j < kChains; ++j, q += rows) {
-      const __m512i k = words(keys + (c + j) * kLanes);
-      if (next) prefetch(next + (c + j) * 64);
 #pragma GCC unroll 8
-      for (int i = 0; i < kQ; ++i)
-        sums[i * kChains + j] = _mm512_dpbf16_ps(sums[i * kChains + j], pairs(k), pairs(_mm512_set1_epi32(q[i])));
+  for (int i = 0; i < kQ * kChains; ++i) sums[i] = _mm512_setzero_ps();
+  each_key_word<kQ, kDirect>(s, first_row ? nullptr : s.next, [&](int c, __m512i k) __attribute__((always_inline)) {
+    const int32_t* at = q + rows * c;
+    const int j = kDirect ? c / 4 % kChains : 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < kQ; ++i) {
+      __m512& sum = sums[i * kChains + j];
+      sum = _mm512_dpbf16_ps(sum, pairs(k), pairs(_mm512_set1_epi32(at[i])));
     }
+  });
 #pragma GCC unroll 8
   for (int i = 0; i < kQ; ++i) {
-    __m512 s = sums[i * kChains];
-#pragma GCC unroll 4
-    for (int j = 1; j < kChains; ++j) s = _mm512_add_ps(s, sums[i * kChains + j]);
-    _mm512_mask_storeu_ps(out + i * ld, live, s);
+    __m512 sum = sums[i * kChains];
+    if constexpr (kChains > 1) sum = _mm512_add_ps(sum, sums[i * kChains + 1]);
+    _mm512_mask_storeu_ps(s.out + (first_row + i) * s.ld, s.live, sum);
   }
 }
 
@@ -185,93 +248,163 @@ inline void each_group(int rows, const Args&... args) {
   }
 }
 
-struct Scores {
-  const int32_t* keys;
-  const void* query;
-  int rows, d;
-  Vec key_scale;
-  __mmask16 live;
-  float* out;
-  int64_t ld;
-  const char* next;  // sixteen keys' lines, one a word of the products
-};
-template <int kQ>
-struct DigitScores {
-  static void run(int first_row, const Scores& s) {
-    digit_scores<kQ>(s.keys, s.d, DigitQuery(const_cast<void*>(s.query), s.rows, s.d), s.rows, first_row, s.key_scale,
-                     s.live, s.out + first_row * s.ld, s.ld, first_row ? nullptr : s.next);
-  }
-};
-template <int kQ>
-struct PairScores {
-  static void run(int first_row, const Scores& s) {
-    pair_scores<kQ>(s.keys, s.d, static_cast<const int32_t*>(s.query) + first_row, s.rows, s.live,
-                    s.out + first_row * s.ld, s.ld, first_row ? nullptr : s.next);
-  }
+template <bool kDirect, bool kDigits>
+struct Product {
+  template <int kQ>
+  struct Rows {
+    static void run(int first_row, const Scores& s) {
+      if constexpr (kDigits)
+        digit_scores<kQ, kDirect>(first_row, s);
+      else
+        pair_scores<kQ, kDirect>(first_row, s);
+    }
+  };
 };
 
 void scores(DType dtype, const void* codes, const float* scales, int count, int d, const void* query, int rows,
             float* out, int64_t ld, const void* next) {
-  const int row = d * (dtype == DType::kI8 ? 1 : 2);  // bytes
-  const auto* k = static_cast<const char*>(codes);
+  const bool digits = dtype == DType::kI8;
+  const int row = d * (digits ? 1 : 2);
   alignas(64) int32_t keys[kMaxDim / 2 * kLanes];
   alignas(64) char rest[kLanes * kMaxDim * 2];
   for (int key = 0; key < count; key += kLanes) {
     const int n = least(kLanes, count - key);
-    const char* from = k + static_cast<int64_t>(key) * row;
+    const int64_t at = static_cast<int64_t>(key) * row;
+    const char* from = static_cast<const char*>(codes) + at;
     if (n < kLanes) {
       __builtin_memcpy(rest, from, static_cast<size_t>(n * row));
       __builtin_memset(rest + n * row, 0, static_cast<size_t>((kLanes - n) * row));
       from = rest;
     }
+    const Scores s{from,      keys, query, rows, d, row, digits ? load_part(scales + key, n) : zero(),
+                   first(n), out + key, ld, next ? static_cast<const char*>(next) + at : nullptr};
+    if (rows <= (digits ? kDirectDigits : kDirectPairs)) {
+      if (digits)
+        each_group<4, Product<true, true>::Rows>(rows, s);
+      else
+        each_group<4, Product<true, false>::Rows>(rows, s);
+      continue;
+    }
     for (int b = 0; b < row; b += 64)
-      transpose(reinterpret_cast<const float*>(from + b), row / 4, reinterpret_cast<float*>(keys + b / 4 * kLanes),
-                kLanes);
-    const Scores s{keys, query, rows, d, dtype == DType::kI8 ? load_part(scales + key, n) : zero(), first(n), out + key,
-                   ld, next ? static_cast<const char*>(next) + static_cast<int64_t>(key) * row : nullptr};
-    if (dtype == DType::kI8)
-      each_group<8, DigitScores>(rows, s);
+      each_word(from + b, row, [&](int c, __m512i k) { _mm512_store_si512(keys + (b / 4 + c) * kLanes, k); });
+    if (digits)
+      each_group<8, Product<false, true>::Rows>(rows, s);
     else
-      each_group<8, PairScores>(rows, s);
+      each_group<8, Product<false, false>::Rows>(rows, s);
   }
+}
+
+// ---- softmax --------------------------------------------------------------------------------------
+
+inline __mmask16 visible(int at, int begin, int end) {
+  const int lo = begin - at, hi = end - at;
+  const uint32_t above = lo <= 0 ? 0xffffu : lo >= 16 ? 0u : 0xffffu << lo;
+  const uint32_t below = hi <= 0 ? 0u : hi >= 16 ? 0xffffu : (1u << hi) - 1u;
+  return static_cast<__mmask16>(above & below);
+}
+
+// A running maximum that is too small by so much is left alone: probabilities up to 2^8 lose nothing in
+// floating point. Nearly every step then finds nothing to change, and since that is predicted, the
+// exponentials don't wait for the comparison, nor is anything folded.
+constexpr float kSlack = 8;
+
+template <bool kPairs>
+void softmax_rows(const SoftmaxStep& s) {
+  constexpr int kDegree = kPairs ? 3 : 5;
+  const Vec scale = set1(s.scale);
+  for (int i = 0; i < s.rows; ++i) {
+    const float* row = s.scores + i * s.ld;
+    const int begin = s.begin[i], end = s.end[i];
+    const bool full = begin <= s.from && end >= s.to;
+    const Vec most = set1(s.max[i] + kSlack);
+    __mmask16 above = 0;
+    for (int c = s.from; c < s.to; c += kLanes)
+      above = static_cast<__mmask16>(
+          above | _mm512_mask_cmp_ps_mask(full ? first(16) : visible(c, begin, end), (load(row + c) * scale).v, most.v,
+                                          _CMP_GT_OQ));
+    Vec sum = load(s.sum + i * kLanes);
+    s.shrink[i] = 1;
+    if (above) [[unlikely]] {
+      Vec top = set1(s.max[i]);
+      for (int c = s.from; c < s.to; c += kLanes)
+        top = {_mm512_mask_max_ps(top.v, visible(c, begin, end), (load(row + c) * scale).v, top.v)};
+      const float now = largest(top);
+      // exp2 of -inf, before anything was seen, is as good as 0: the sums are 0.
+      s.shrink[i] = _mm512_cvtss_f32(exp2<5>(set1(s.max[i] - now)).v);
+      s.max[i] = now;
+      sum = sum * set1(s.shrink[i]);
+    }
+    const Vec max = set1(-s.max[i]);
+    for (int c = s.from; c < s.to; c += 2 * kLanes) {
+      Vec x = exp2<kDegree>(fma(load(row + c), scale, max)), y = exp2<kDegree>(fma(load(row + c + kLanes), scale, max));
+      if (!full) {
+        x = {_mm512_maskz_mov_ps(visible(c, begin, end), x.v)};
+        y = {_mm512_maskz_mov_ps(visible(c + kLanes, begin, end), y.v)};
+      }
+      sum = sum + (x + y);
+      if constexpr (kPairs) {
+        const __m512bh p = _mm512_cvtne2ps_pbh(y.v, x.v);
+        _mm512_storeu_si512(static_cast<uint16_t*>(s.p) + i * s.ld + c, reinterpret_cast<__m512i>(p));
+      } else {
+        store(static_cast<float*>(s.p) + i * s.ld + c, x);
+        store(static_cast<float*>(s.p) + i * s.ld + c + kLanes, y);
+      }
+    }
+    store(s.sum + i * kLanes, sum);
+  }
+}
+
+void softmax(DType dtype, const SoftmaxStep& step) {
+  if (dtype == DType::kBF16) return softmax_rows<true>(step);
+  softmax_rows<false>(step);
 }
 
 // ---- values ---------------------------------------------------------------------------------------
 
 struct Digits {
   alignas(64) uint8_t hi[kMaxRows][kBlock], lo[kMaxRows][kBlock];
-  float scale[kMaxRows];
+  float scale[kMaxRows + 3];  // fours are written
 };
 
-// p[i] * scales[i] = scale (256 hi + lo) for a block, zero digits up to kBlock.
-void take_digits(const float* p, const float* scales, int count, Digits& digits, int row) {
-  Vec w[kBlock / kLanes];
-  Vec most = zero();
+// p[i] * scales[i] = scale (256 hi + lo) for a block of kQ <= 4 rows, zero digits up to kBlock.
+template <int kQ>
+void take_digits(const float* p, int64_t ld, const float* scales, int count, Digits& digits, int first_row) {
+  constexpr int kVectors = kBlock / kLanes;
+  Vec w[kQ * kVectors], most[4] = {zero(), zero(), zero(), zero()};
+  const __mmask16 live[kVectors] = {first(least(count, kLanes)), first(count > kLanes ? count - kLanes : 0)};
+  const Vec scale[kVectors] = {{_mm512_maskz_loadu_ps(live[0], scales)},
+                               {_mm512_maskz_loadu_ps(live[1], scales + kLanes)}};
 #pragma GCC unroll 4
-  for (int j = 0; j < kBlock / kLanes; ++j) {
-    const int n = count - j * kLanes;
-    if (n <= 0) {
-      w[j] = zero();
-    } else {
-      const int m = least(n, kLanes);
-      w[j] = load_part(p + j * kLanes, m) * load_part(scales + j * kLanes, m);
-      most = vmax(w[j], most);
+  for (int i = 0; i < kQ; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j)
+      w[i * kVectors + j] = Vec{_mm512_maskz_loadu_ps(live[j], p + i * ld + j * kLanes)} * scale[j];
+    most[i] = vmax(w[i * kVectors], w[i * kVectors + 1]);
+  }
+  const __m128 top = _mm512_castps512_ps128(maxima_of<1>(most).v);
+  // So small that its reciprocal overflows: nothing that a sum of probabilities can tell from 0.
+  const __mmask8 some = _mm_cmp_ps_mask(top, _mm_set1_ps(1e-30f), _CMP_GT_OQ);
+  float inverse[4];
+  _mm_storeu_ps(inverse, _mm_maskz_div_ps(some, _mm_set1_ps(65535.0f), top));
+  _mm_storeu_ps(digits.scale + first_row, _mm_maskz_mul_ps(some, _mm_set1_ps(1 / 65535.0f), top));
+#pragma GCC unroll 4
+  for (int i = 0; i < kQ; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      const __m512i t = _mm512_cvtps_epi32((w[i * kVectors + j] * set1(inverse[i])).v);
+      _mm_store_si128(reinterpret_cast<__m128i*>(digits.hi[first_row + i] + j * kLanes),
+                      _mm512_cvtepi32_epi8(_mm512_srli_epi32(t, 8)));
+      _mm_store_si128(reinterpret_cast<__m128i*>(digits.lo[first_row + i] + j * kLanes), _mm512_cvtepi32_epi8(t));
     }
   }
-  const float top = largest(most);
-  // So small that its reciprocal overflows: nothing that a sum of probabilities of at least 1 can tell from 0.
-  const bool some = top > 1e-30f;
-  const Vec inverse = set1(some ? 65535.0f / top : 0.0f);
-  digits.scale[row] = some ? top / 65535.0f : 0.0f;
-#pragma GCC unroll 4
-  for (int j = 0; j < kBlock / kLanes; ++j) {
-    if (j * kLanes >= count) break;
-    const __m512i t = _mm512_cvtps_epi32((w[j] * inverse).v);
-    _mm_store_si128(reinterpret_cast<__m128i*>(digits.hi[row] + j * kLanes),
-                    _mm512_cvtepi32_epi8(_mm512_srli_epi32(t, 8)));
-    _mm_store_si128(reinterpret_cast<__m128i*>(digits.lo[row] + j * kLanes), _mm512_cvtepi32_epi8(t));
-  }
 }
+
+template <int kQ>
+struct TakeDigits {
+  static void run(int first_row, const float* p, int64_t ld, const float* scales, int count, Digits* digits) {
+    take_digits<kQ>(p + first_row * ld, ld, scales, count, *digits, first_row);
+  }
+};
 
 // Four slots' codes side by side in a word. Columns stay within their quarter of a row: word 4l + i of
 // vector t is column 16l + 4t + i. `restore` puts the sums in order when all slots are done.
@@ -318,7 +451,7 @@ struct DigitValues {
           }
         }
       }
-      // 64 slots of 255 * 127 * 256 stay below 2^31.
+      // 32 slots of 255 * 127 * 256 stay below 2^31.
 #pragma GCC unroll 4
       for (int i = 0; i < kQ; ++i)
 #pragma GCC unroll 4
@@ -337,7 +470,7 @@ void digit_values(const int8_t* v, const float* scales, int count, int d, const 
   __m512i values[kBlock];
   for (int s = 0; s < count; s += kBlock) {
     const int n = least(kBlock, count - s), quads = (n + 3) / 4;
-    for (int i = 0; i < rows; ++i) take_digits(p + i * ld + s, scales + s, n, digits, i);
+    each_group<4, TakeDigits>(rows, p + s, ld, scales + s, n, &digits);
     const int64_t at = static_cast<int64_t>(s) * d;
     for (int c = 0; c < d; c += 64) {
       interleave_quads(v + at + c, n, d, values);
@@ -419,11 +552,10 @@ void restore(DType dtype, float* sums, int64_t ld, int rows, int d) {
 
 bool takes(DType dtype, int rows, int d) {
   if (rows > kMaxRows || d > kMaxDim) return false;
-  // For one or two rows the transposition costs more than the folds, and f32 is more accurate.
-  return dtype == DType::kI8 ? rows > 1 && d % 64 == 0 : dtype == DType::kBF16 && rows > 2 && d % 32 == 0;
+  return dtype == DType::kI8 ? d % 64 == 0 : dtype == DType::kBF16 && d % 32 == 0;
 }
 
-constexpr NarrowOps kNarrow = {takes, query_bytes, prepare, scores, values, restore};
+constexpr NarrowOps kNarrow = {takes, query_bytes, prepare, scores, softmax, values, restore};
 
 }  // namespace
 

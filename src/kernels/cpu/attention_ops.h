@@ -68,6 +68,8 @@ struct NarrowOps {
   // out are in an order of their own until `restore`.
   void (*scores)(DType dtype, const void* codes, const float* scales, int count, int d, const void* query, int rows,
                  float* scores, int64_t ld, const void* next);
+  // `step.sum` is [rows, 16]: sums that are added up at the end; step.max may be exceeded by 8.
+  void (*softmax)(DType dtype, const SoftmaxStep& step);
   void (*values)(DType dtype, const void* codes, const float* scales, int count, int d, const void* p, int64_t ld,
                  int rows, float* out, int64_t ld_out, const void* next);
   void (*restore)(DType dtype, float* out, int64_t ld_out, int rows, int d);
