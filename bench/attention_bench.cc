@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cache/kv_cache.h"
+#include "kernels/cpu/machine_bodies.h"
 #include "kernels/elementwise.h"
 #include "kernels/machine.h"
 
@@ -130,19 +131,13 @@ void prefill(benchmark::State& state) {
 // process takes the core. Pieces as measure_machine cuts them.
 double read_rate(const Buffer& buffer) {
   constexpr size_t kPiece = size_t{1} << 20;
-  std::atomic<uint64_t> all{0};
+  const auto body = cpu::machine_bodies().read;
+  static std::atomic<float> sink;
   const double start = now();
   bench().ctx.pool.parallel_for(static_cast<int64_t>(buffer.bytes() / kPiece), [&](int64_t i, int) {
-    const auto* p = buffer.as<uint64_t>() + static_cast<size_t>(i) * kPiece / 8;
-    uint64_t sum[8] = {};
-    for (size_t at = 0; at < kPiece / 8; at += 8) {
-      __builtin_prefetch(p + at + 256);
-      for (size_t j = 0; j < 8; ++j) sum[j] += p[at + j];
-    }
-    for (const uint64_t s : sum) all += s;
+    sink = body(buffer.as<char>() + static_cast<size_t>(i) * kPiece, kPiece);
   });
   const double seconds = now() - start;
-  benchmark::DoNotOptimize(all.load());
   return static_cast<double>(buffer.bytes()) / seconds;
 }
 
