@@ -40,6 +40,10 @@ void add_engine_options(CLI::App& app, EngineOptions& o) {
       ->check(CLI::IsMember({"auto", "f32", "bf16", "int8"}));
   app.add_option("--chunk", o.chunk, "Prefill: tokens of activations at a time")->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
   app.add_option("--memory-limit", o.memory_limit, "Refuse to allocate more than this (\"4GiB\"); default: what is free now");
+  app.add_option("--window", o.window,
+                 "SpikingBrain: keys a sliding window of W shows: official (W + 1 in a prompt, W after it), exact (W), plus_one "
+                 "(W + 1), or config (what config.json says, else official)")
+      ->check(CLI::IsMember({"config", "official", "exact", "plus_one"}));
   app.add_flag("!--no-check", o.check_weights, "Do not read every weight once to refuse NaN and infinity");
 }
 
@@ -49,6 +53,9 @@ Engine::Engine(const EngineOptions& o) : ctx(memory, o.threads) {
   LoadOptions load;
   load.weights = o.weights == "int8" ? WeightMode::kInt8 : WeightMode::kStored;
   load.check_finite = o.check_weights;
+  if (o.window == "official") load.window = WindowRule::kOfficial;
+  if (o.window == "exact") load.window = WindowRule::kExact;
+  if (o.window == "plus_one") load.window = WindowRule::kPlusOne;
   model = load_model(ctx, o.model_dir, load);
   const bool f32 = o.dtype == "f32" || (o.dtype == "auto" && model->info().weight_dtype == DType::kF32);
   ctx.activations = f32 ? ActivationType::kF32 : ActivationType::kBF16;

@@ -25,10 +25,11 @@ struct EngineOptions {
   std::string kv_dtype = "auto";    // f32 | bf16 | int8 | auto (as dtype)
   int64_t chunk = 512;              // activation chunk of prefill, tokens
   std::string memory_limit;         // "4GiB": refuse to allocate more; empty = what the machine has free
+  std::string window = "config";    // config | official | exact | plus_one, for models whose code disagrees with itself
   bool check_weights = true;
 };
 
-// Adds -m, --threads, --dtype, --weights, --kv-dtype, --chunk, --memory-limit, --no-check.
+// Adds -m, --threads, --dtype, --weights, --kv-dtype, --chunk, --memory-limit, --window, --no-check.
 void add_engine_options(CLI::App& app, EngineOptions& options);
 
 // A model with all that is needed to run it. Members are destroyed in reverse order.

@@ -76,6 +76,9 @@ PromptResult PromptRunner::run(const TaskPrompt& prompt) {
 
   auto start = Clock::now();
   SequenceState dense = model_.new_state(ctx_.memory, options_.kv);
+  if (options_.first_token == FirstToken::kRerun && dense.recurrent.bytes() > 0)
+    throw Unsupported("the first answer token cannot be rerun on the small cache: this {} model keeps recurrent states, which "
+                      "have read the last prompt token already", model_.info().architecture);
   std::vector<float> logits(static_cast<size_t>(vocab));
   ScoreBoard board(ctx_, model_, policies_, projections_);
   LayerObserver* observer = policies_.empty() ? nullptr : &board;

@@ -108,6 +108,8 @@ std::vector<std::vector<std::vector<float>>> replay_attention(Context& ctx, Mode
   ReplayObserver observer(ctx, model, state);
   observer.tokens = static_cast<int64_t>(context.size());
   const int64_t next_position = state.next_position;
+  // Slots are taken back layer by layer; a recurrent state must be kept as it was.
+  const RecurrentState before = state.recurrent.copy(ctx.memory);
   for (int64_t begin = 0; begin < observer.tokens; begin += kReplayChunk) {
     observer.begin = begin;
     observer.end = std::min(observer.tokens, begin + kReplayChunk);
@@ -116,6 +118,7 @@ std::vector<std::vector<std::vector<float>>> replay_attention(Context& ctx, Mode
     ids.insert(ids.end(), context.begin() + begin - prefix, context.begin() + observer.end);
     prefill(ctx, model, state, ids, &observer, options, nullptr);
     state.next_position = next_position;
+    state.recurrent = before.copy(ctx.memory);
   }
   return std::move(observer.best);
 }

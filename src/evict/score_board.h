@@ -15,7 +15,7 @@ namespace lacuna {
 // Scores one dense prefill with several policies and evicts nothing: one prefill serves every policy
 // and budget of a prompt.
 //   prefill(ctx, model, state, ids, &board, {}, nullptr);  board.finish(state, ids);
-//   SequenceState small{state.kv.copy(ctx, board.select(p, budget)), state.next_position};
+//   SequenceState small{state.kv.copy(ctx, board.select(p, budget)), state.recurrent.copy(ctx.memory), state.next_position};
 // Window attention, value norms and all other evidence are computed once per KV head for all policies.
 class ScoreBoard : public LayerObserver {
  public:

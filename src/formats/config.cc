@@ -125,7 +125,14 @@ RopeConfig rope_from(const ConfigFile& parameters, const ConfigFile& config, dou
   return rope;
 }
 
-StoredWeights stored_weights(const ConfigFile& config) {
+std::optional<int32_t> token_id(const ConfigFile& config, std::string_view field) {
+  if (!config.has(field)) return std::nullopt;
+  return static_cast<int32_t>(config.integer(field, 0, std::numeric_limits<int32_t>::max()));
+}
+
+}  // namespace
+
+StoredWeights parse_stored_weights(const ConfigFile& config) {
   const auto quantization = config.object("quantization_config");
   if (!quantization) return StoredWeights::kFloat;
   if (quantization->text("quant_method") != "lacuna-int8")
@@ -135,19 +142,12 @@ StoredWeights stored_weights(const ConfigFile& config) {
   return StoredWeights::kInt8PerRow;
 }
 
-std::optional<int32_t> token_id(const ConfigFile& config, std::string_view field) {
-  if (!config.has(field)) return std::nullopt;
-  return static_cast<int32_t>(config.integer(field, 0, std::numeric_limits<int32_t>::max()));
-}
-
-std::vector<int32_t> token_ids(const ConfigFile& config, std::string_view field) {
+std::vector<int32_t> parse_token_ids(const ConfigFile& config, std::string_view field) {
   std::vector<int32_t> ids;
   for (int64_t id : config.integers(field, 0, std::numeric_limits<int32_t>::max()))
     ids.push_back(static_cast<int32_t>(id));
   return ids;
 }
-
-}  // namespace
 
 RopeConfig parse_rope_config(const ConfigFile& config, int64_t max_positions) {
   const double theta = config.number("rope_theta", 1, 1e15, 10000);
@@ -210,8 +210,8 @@ ModelConfig parse_model_config(const ConfigFile& config) {
   m.layer_window = windows(config, family, m.layers);
   m.rope = parse_rope_config(config, m.max_positions);
   m.bos_id = token_id(config, "bos_token_id");
-  m.eos_ids = token_ids(config, "eos_token_id");
-  m.stored = stored_weights(config);
+  m.eos_ids = parse_token_ids(config, "eos_token_id");
+  m.stored = parse_stored_weights(config);
   return m;
 }
 
@@ -223,7 +223,7 @@ GenerationConfig parse_generation_config(const ConfigFile& config) {
   constexpr double kHuge = 1e6;
   GenerationConfig g;
   g.bos_id = token_id(config, "bos_token_id");
-  g.eos_ids = token_ids(config, "eos_token_id");
+  g.eos_ids = parse_token_ids(config, "eos_token_id");
   const auto number = [&](std::string_view field, double min, double max) -> std::optional<float> {
     if (!config.has(field)) return std::nullopt;
     return static_cast<float>(config.number(field, min, max));
@@ -244,7 +244,7 @@ GenerationConfig load_generation_config(const fs::path& dir) {
   if (fs::exists(dir / "generation_config.json", ignored))
     g = parse_generation_config(ConfigFile::load(dir / "generation_config.json"));
   if (g.eos_ids.empty() && fs::exists(dir / "config.json", ignored))
-    g.eos_ids = token_ids(ConfigFile::load(dir / "config.json"), "eos_token_id");
+    g.eos_ids = parse_token_ids(ConfigFile::load(dir / "config.json"), "eos_token_id");
   return g;
 }
 

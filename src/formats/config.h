@@ -62,6 +62,11 @@ ModelConfig parse_model_config(const ConfigFile& config);
 // original_max_position_embeddings.
 RopeConfig parse_rope_config(const ConfigFile& config, int64_t max_positions);
 
+// quantization_config: lacuna-int8 or none at all.
+StoredWeights parse_stored_weights(const ConfigFile& config);
+// One id or a list of them; empty when absent.
+std::vector<int32_t> parse_token_ids(const ConfigFile& config, std::string_view field);
+
 // Empty when the folder has no generation_config.json, except for the end ids, which then come from
 // config.json where there is one.
 GenerationConfig load_generation_config(const std::filesystem::path& dir);

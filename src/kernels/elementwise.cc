@@ -67,6 +67,36 @@ void silu_mul(Context& ctx, const float* gate, const float* up, int64_t m, int64
   report(scope, m, f, 2 * m * f, m * f);
 }
 
+namespace {
+
+// Runs a flat operation in pieces of kPieceElements.
+template <typename Piece>
+void for_elements(Context& ctx, const char* op, const float* x, const float* out, int64_t n, const Piece& piece) {
+  if (n < 0) throw BadInput("{}: {} elements; expected 0 or more", op, n);
+  if (n == 0) return;
+  if (!x || !out) throw BadInput("{}: {} elements without memory", op, n);
+  OpScope scope(ctx, OpKind::kActivation);
+  const auto body = [&](int64_t index, int) {
+    const int64_t at = index * kPieceElements;
+    piece(at, std::min(kPieceElements, n - at));
+  };
+  ctx.pool.parallel_for((n + kPieceElements - 1) / kPieceElements, std::ref(body));
+  report(scope, 1, n, n, n);
+}
+
+}  // namespace
+
+void relu(Context& ctx, float* x, int64_t n) {
+  const auto& ops = cpu::elementwise_ops(cpu_isa());
+  for_elements(ctx, "relu", x, x, n, [&](int64_t at, int64_t count) { ops.relu(x + at, count); });
+}
+
+void log_sigmoid(Context& ctx, const float* x, int64_t n, float factor, float* out) {
+  const auto& ops = cpu::elementwise_ops(cpu_isa());
+  for_elements(ctx, "log_sigmoid", x, out, n,
+               [&](int64_t at, int64_t count) { ops.log_sigmoid(x + at, count, factor, out + at); });
+}
+
 void rope(Context& ctx, float* x, int64_t m, int64_t heads, int64_t d, const float* cos_table, const float* sin_table,
           int64_t stride) {
   check_rows("rope", m, d);

@@ -13,6 +13,13 @@ void rms_norm(Context& ctx, const float* x, int64_t m, int64_t d, const float* w
 // that both may be halves of one product. out dense; may alias gate when dense.
 void silu_mul(Context& ctx, const float* gate, const float* up, int64_t m, int64_t f, float* out, int64_t stride = 0);
 
+// x[i] = max(x[i], 0), in place; NaN stays NaN.
+void relu(Context& ctx, float* x, int64_t n);
+
+// out[i] = log(sigmoid(x[i])) * factor, in place allowed: never above 0 for factor > 0, to about 2e-7 of its
+// value on either side (log1p, not log), NaN for NaN.
+void log_sigmoid(Context& ctx, const float* x, int64_t n, float factor, float* out);
+
 // Rotary embedding, half-split (NeoX) pairs (i, i + d/2), in place on x [m, heads, d] (rows `stride`
 // floats apart, 0 = dense). cos_table/sin_table are [m, d/2], already scaled by any attention factor.
 void rope(Context& ctx, float* x, int64_t m, int64_t heads, int64_t d, const float* cos_table, const float* sin_table,

@@ -32,7 +32,8 @@ struct GlaSequence {
 // One call serves prefill chunks (large T: chunked form on matrix products), decode (T = 1, many
 // sequences: recurrent form at memory speed) and continuation. State and accumulation in f32. Splitting
 // a sequence over calls changes results by rounding only; other sequences and the number of threads
-// change nothing.
+// change nothing. out must not overlap the inputs. Throws BadInput for a log decay that is NaN or above 0,
+// naming it; the states of that call are then undefined.
 void gated_linear_attention(Context& ctx, const GlaShape& shape, std::span<const GlaSequence> sequences);
 
 }  // namespace lacuna

@@ -25,6 +25,45 @@ void prefill(Context& ctx, Model& model, SequenceState& state, std::span<const i
   const int layers = model.info().layers;
   const bool show_hidden = observer && observer->wants_hidden();
   const int64_t first_position = state.next_position;
+  int64_t done = 0;  // layer-tokens
+
+  const auto run_layer = [&](int layer, int64_t t, int64_t rows, float* h) {
+    if (options.cancelled && options.cancelled())
+      throw Cancelled("stopped during prefill, at layer {} of {}, token {} of {}", layer, layers, t, n);
+    const BatchRows batch{&state, 0, rows, first_position + t, first_position + n};
+    model.forward_layer(ctx, layer, h, rows, {&batch, 1}, {&observer, 1}, t, n);
+    done += rows;
+    if (options.progress) options.progress(done, layers * n);
+  };
+  // Final norm and heads of a chunk that is through all layers.
+  const auto finish_chunk = [&](int64_t t, int64_t rows, const float* h) {
+    if (all_logits || show_hidden) {
+      float* normed = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(rows * d));
+      model.final_norm(ctx, h, rows, normed);
+      if (show_hidden) observer->on_hidden(layers - 1, t, rows, normed);
+      if (all_logits) model.head(ctx, normed, rows, all_logits + t * vocab);
+    }
+    if (last_logits && t + rows == n) {
+      float* normed = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(d));
+      model.final_norm(ctx, h + (rows - 1) * d, 1, normed);
+      model.head(ctx, normed, 1, last_logits);
+    }
+  };
+
+  if (!observer) {
+    // Nobody waits for the end of a layer: a chunk goes through all of them, and only its own rows of the residual
+    // stream exist. Every product has the same rows as in the other order, and so the same bits.
+    Buffer hidden(ctx.memory, MemoryTag::kActivations, static_cast<size_t>(chunk * d) * sizeof(float));
+    float* h = hidden.as<float>();
+    for (int64_t t = 0; t < n; t += chunk) {
+      const int64_t rows = std::min(chunk, n - t);
+      model.embed(ctx, ids.subspan(static_cast<size_t>(t), static_cast<size_t>(rows)), h);
+      for (int layer = 0; layer < layers; ++layer) run_layer(layer, t, rows, h);
+      finish_chunk(t, rows, h);
+    }
+    state.next_position += n;
+    return;
+  }
 
   // The residual stream of the whole prompt: what layer-major order costs, n * D floats.
   Buffer hidden(ctx.memory, MemoryTag::kActivations, static_cast<size_t>(n * d) * sizeof(float));
@@ -36,31 +75,14 @@ void prefill(Context& ctx, Model& model, SequenceState& state, std::span<const i
   }
   for (int layer = 0; layer < layers; ++layer) {
     for (int64_t t = 0; t < n; t += chunk) {
-      if (options.cancelled && options.cancelled()) throw Cancelled("stopped during prefill, at layer {} of {}", layer, layers);
       const int64_t rows = std::min(chunk, n - t);
-      const BatchRows batch{&state, 0, rows, first_position + t, first_position + n};
-      model.forward_layer(ctx, layer, h + t * d, rows, {&batch, 1}, {&observer, 1}, t, n);
+      run_layer(layer, t, rows, h + t * d);
       if (show_hidden && layer + 1 < layers) observer->on_hidden(layer, t, rows, h + t * d);
-      if (options.progress) options.progress(layer * n + t + rows, layers * n);
     }
-    if (observer) observer->on_layer_end(layer, state);
+    observer->on_layer_end(layer, state);
   }
   state.next_position += n;
-
-  if (all_logits || show_hidden) {
-    for (int64_t t = 0; t < n; t += chunk) {
-      const int64_t rows = std::min(chunk, n - t);
-      float* normed = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(rows * d));
-      model.final_norm(ctx, h + t * d, rows, normed);
-      if (show_hidden) observer->on_hidden(layers - 1, t, rows, normed);
-      if (all_logits) model.head(ctx, normed, rows, all_logits + t * vocab);
-    }
-  }
-  if (last_logits) {
-    float* normed = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(d));
-    model.final_norm(ctx, h + (n - 1) * d, 1, normed);
-    model.head(ctx, normed, 1, last_logits);
-  }
+  for (int64_t t = 0; t < n; t += chunk) finish_chunk(t, std::min(chunk, n - t), h + t * d);
 }
 
 void decode_step(Context& ctx, Model& model, std::span<SequenceState* const> states, std::span<const int32_t> ids,

@@ -10,8 +10,9 @@ struct PrefillOptions {
   std::function<bool()> cancelled;              // polled between chunks; true throws Cancelled
 };
 
-// Runs ids through the model layer by layer: every token through layer l before layer l + 1, in
-// activation chunks. Appends to `state` and advances its position. last_logits [V] may be null;
+// Runs ids through the model in activation chunks. With an observer layer by layer, every token through layer l
+// before layer l + 1, so that a layer is whole when on_layer_end sees it; that holds the residual stream of the
+// whole call. Without one chunk by chunk, which holds a chunk of it, and gives the same bits. Appends to `state` and advances its position. last_logits [V] may be null;
 // all_logits [n, V] may be null. The observer is called as model.h says. Throws BadInput for ids out of
 // range or an empty list.
 void prefill(Context& ctx, Model& model, SequenceState& state, std::span<const int32_t> ids, LayerObserver* observer,

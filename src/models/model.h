@@ -69,6 +69,16 @@ struct LayerTap {
   const float* mixed = nullptr;  // [T, H, d] attention output before o_proj
 };
 
+// A named intermediate result of one layer for one chunk of one sequence, for activation capture.
+struct TensorTap {
+  const char* name = "";  // "normed", "q", "k", "v", "o", "resid_mid", …: the architecture's own words
+  int layer = 0;
+  int64_t first_token = 0;  // index of row 0 among this call's tokens
+  int64_t tokens = 0;
+  int64_t width = 0;
+  const float* data = nullptr;  // [tokens, width]
+};
+
 // Watches, and may evict, while a sequence runs through the layers. Serves prefill and decode.
 class LayerObserver {
  public:
@@ -81,6 +91,9 @@ class LayerObserver {
   // the final norm is applied first, as Hugging Face's hidden_states do.
   virtual bool wants_hidden() const { return false; }
   virtual void on_hidden(int layer, int64_t first_token, int64_t tokens, const float* hidden) {}
+  // What a layer computes on its way.
+  virtual bool wants_tensors() const { return false; }
+  virtual void on_tensor(const TensorTap& tap) {}
 };
 
 // A loaded architecture. forward_layer is the same function for prefill chunks and for decode.

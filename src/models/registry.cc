@@ -16,6 +16,7 @@ constexpr Architecture kArchitectures[] = {
     {"mistral", load_decoder},
     {"qwen2", load_decoder},
     {"qwen3", load_decoder},
+    {"gla_swa", load_gla_swa},
 };
 
 }  // namespace

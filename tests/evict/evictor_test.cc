@@ -106,7 +106,7 @@ RC_GTEST_PROP(Evictor, StreamingIsTheOneShotSetAndTheBytesAreTrue, ()) {
   EvictionReport report;
   const auto keep = board.select(1, budget, dense.kv, &report);
   RC_ASSERT(positions(streamed) == keep);
-  SequenceState copy{dense.kv.copy(b.ctx, keep), dense.next_position};
+  SequenceState copy{dense.kv.copy(b.ctx, keep), {}, dense.next_position};
   RC_ASSERT(same(b.decode(copy, prompt), b.decode(streamed, prompt)));
 
   const SelectionRule rule = policy->rule();
@@ -210,7 +210,7 @@ TEST(Evictor, KeepingOnlyTheSuffixIsARunOverTheSuffix) {
   const auto prefix = random_prompt(40, b.vocab, 1), suffix = random_prompt(30, b.vocab, 2);
   SequenceState all = b.model.new_state(b.memory, {});
   prefill(b.ctx, b.model, all, prefix, nullptr, {}, nullptr);
-  SequenceState emptied{all.kv.copy(b.ctx, std::vector<std::vector<std::vector<int32_t>>>(3, std::vector<std::vector<int32_t>>(2))), 40};
+  SequenceState emptied{all.kv.copy(b.ctx, std::vector<std::vector<std::vector<int32_t>>>(3, std::vector<std::vector<int32_t>>(2))), {}, 40};
   SequenceState fresh = b.model.new_state(b.memory, {});
   std::vector<float> a(static_cast<size_t>(30 * b.vocab)), c(a);
   prefill(b.ctx, b.model, emptied, suffix, nullptr, {}, nullptr, a.data());

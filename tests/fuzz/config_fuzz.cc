@@ -1,11 +1,21 @@
 #include <cmath>
 
 #include "formats/config.h"
+#include "formats/spikingbrain_config.h"
 #include "fuzz/fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   lacuna::fuzz(data, size, [](std::string_view text) {
     lacuna::parse_generation_config(lacuna::ConfigFile::parse(text, "fuzz"));
+  });
+  lacuna::fuzz(data, size, [](std::string_view text) {
+    const auto config = lacuna::parse_spikingbrain_config(lacuna::ConfigFile::parse(text, "fuzz"));
+    // What passes the checks must give shapes that multiply and divide.
+    if (config.heads % config.kv_heads != 0 || config.head_dim % 2 != 0 || config.sliding_window < 1) std::abort();
+    if (config.full_attention.size() != static_cast<size_t>(config.layers)) std::abort();
+    if (!(config.gate_logit_normalizer > 0) || !std::isfinite(1 / config.gate_logit_normalizer)) std::abort();
+    for (float f : lacuna::rope_frequencies(config.rope, config.head_dim, config.max_positions, 100'000).inv_freq)
+      if (!std::isfinite(f)) std::abort();
   });
   return lacuna::fuzz(data, size, [](std::string_view text) {
     const auto config = lacuna::parse_model_config(lacuna::ConfigFile::parse(text, "fuzz"));

@@ -264,7 +264,7 @@ TEST_P(TransformerGolden, LaProxKeptSetsAndDecoding) {
     const std::vector<float> logits = floats(base + ".decode_logits");
     const std::vector<int32_t> tokens = ids("greedy_ids");
     const auto fed = std::span(tokens).first(logits.size() / static_cast<size_t>(vocab()));
-    SequenceState small{dense.kv.copy(*ctx_, golden), dense.next_position};
+    SequenceState small{dense.kv.copy(*ctx_, golden), {}, dense.next_position};
     expect_close(decode(small, fed), logits, base + ".decode_logits");
     if (strangers == 0) expect_close(decode(streamed, fed), logits, base + ".decode_logits, streamed");
   }

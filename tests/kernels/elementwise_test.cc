@@ -83,6 +83,48 @@ TEST(SiluMul, TakesHalvesOfOneProduct) {
     }
 }
 
+TEST(Relu, KeepsWhatIsAboveZeroAndWhatIsNoNumber) {
+  for (const Isa isa : isa_levels()) {
+    const ScopedIsa held(isa);
+    Engine e;
+    for (const int64_t n : {1, 7, 16, 33, 40000}) {
+      auto x = normals(static_cast<size_t>(n), 5);
+      x[0] = NAN;
+      const auto before = x;
+      relu(e.ctx, x.data(), n);
+      EXPECT_TRUE(std::isnan(x[0]));
+      for (size_t i = 1; i < x.size(); ++i) ASSERT_EQ(x[i], std::max(before[i], 0.0f));
+    }
+  }
+}
+
+TEST(LogSigmoid, MatchesDoubleRelativelyOnBothSides) {
+  for (const Isa isa : isa_levels()) {
+    const ScopedIsa held(isa);
+    Engine e, one(1);
+    std::vector<float> x;
+    for (float v = -300; v < 80; v += 0.0137f) x.push_back(v);
+    for (const float v : {0.0f, -0.0f, 1e-30f, -1e-30f, 1e6f, -1e6f, 3e38f, -3e38f}) x.push_back(v);
+    std::vector<float> out(x.size()), again(x);
+    log_sigmoid(e.ctx, x.data(), static_cast<int64_t>(x.size()), 0.0625f, out.data());
+    log_sigmoid(one.ctx, again.data(), static_cast<int64_t>(x.size()), 0.0625f, again.data());
+    EXPECT_EQ(out, again);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double v = x[i], expected = (std::min(v, 0.0) - std::log1p(std::exp(-std::fabs(v)))) / 16;
+      // Rounding -|x| log2(e) to f32 costs |x| * 2^-24 of e^-|x|, which is all there is above 0.
+      const double relative = v > 0 ? 4e-7 + 1e-7 * v : 4e-7;
+      ASSERT_NEAR(out[i], expected, relative * std::fabs(expected) + 1e-38) << v;
+      ASSERT_LE(out[i], 0) << v;
+    }
+    const float odd[] = {NAN, INFINITY, -INFINITY};
+    float result[3];
+    log_sigmoid(e.ctx, odd, 3, 0.0625f, result);
+    EXPECT_TRUE(std::isnan(result[0]));
+    EXPECT_NEAR(result[1], 0, 1e-38);
+    EXPECT_EQ(result[2], -INFINITY);
+  }
+}
+
 TEST(Rope, MatchesDouble) {
   for (const Isa isa : isa_levels()) {
     const ScopedIsa held(isa);
@@ -117,6 +159,9 @@ TEST(Elementwise, RefusesBadRequests) {
   EXPECT_THROW(rms_norm(e.ctx, nullptr, 2, 8, x, 1e-6f, x), BadInput);
   EXPECT_THROW(silu_mul(e.ctx, x, x, 2, 8, x, 16), BadInput);
   EXPECT_THROW(silu_mul(e.ctx, x, x, -1, 8, x), BadInput);
+  EXPECT_THROW(relu(e.ctx, x, -1), BadInput);
+  EXPECT_THROW(relu(e.ctx, nullptr, 4), BadInput);
+  EXPECT_THROW(log_sigmoid(e.ctx, x, 4, 1, nullptr), BadInput);
   EXPECT_THROW(rope(e.ctx, x, 2, 2, 7, x, x), BadInput);
   EXPECT_THROW(rope(e.ctx, x, 2, 0, 8, x, x), BadInput);
   rms_norm(e.ctx, nullptr, 0, 8, nullptr, 1e-6f, nullptr);

@@ -57,6 +57,33 @@ TEST_P(Families, ChunkSizeDoesNotMatter) {
   for (int64_t chunk : {1, 7, 32, 149}) EXPECT_LT(largest_difference(e.all_logits(ids, chunk), whole), 2e-4f) << chunk;
 }
 
+// Layer by layer for an observer, chunk by chunk without one.
+TEST_P(Families, ObserversChangeNoBit) {
+  Engine e(GetParam());
+  const auto ids = ids_of(150, 3);
+  const size_t vocab = static_cast<size_t>(e.model->info().vocab);
+  LayerObserver observer;
+  std::vector<std::vector<float>> logits, last;
+  for (LayerObserver* o : {static_cast<LayerObserver*>(nullptr), &observer}) {
+    SequenceState state = e.model->new_state(e.memory, {});
+    logits.emplace_back(ids.size() * vocab);
+    last.emplace_back(vocab);
+    int64_t done = 0;
+    PrefillOptions options;
+    options.chunk = 40;
+    options.progress = [&](int64_t now, int64_t total) {
+      EXPECT_GT(now, done);
+      EXPECT_EQ(total, 150 * e.model->info().layers);
+      done = now;
+    };
+    prefill(e.ctx, *e.model, state, ids, o, options, last.back().data(), logits.back().data());
+    EXPECT_EQ(done, 150 * e.model->info().layers);
+    EXPECT_EQ(state.next_position, 150);
+  }
+  EXPECT_EQ(logits[0], logits[1]);
+  EXPECT_EQ(last[0], last[1]);
+}
+
 TEST_P(Families, ThreadsDoNotMatterBitForBit) {
   const auto ids = ids_of(131, 5);
   EXPECT_EQ(Engine(GetParam(), 1).all_logits(ids, 64), Engine(GetParam(), 3).all_logits(ids, 64));

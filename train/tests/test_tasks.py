@@ -21,16 +21,30 @@ def test_the_mean_is_over_every_task_but_qa():
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("split", ["train", "held_out"])
-def test_pieces_are_the_tokenisation_of_the_whole_text(maker, task, split):
-    for seed, length in ((1, 600), (2, 2048)):
-        example = maker.make(task, np.random.default_rng(seed), length, split=split)
+@pytest.mark.parametrize("split, vary", [("train", 0.0), ("held_out", 0.0), ("train", 1.0)])
+def test_pieces_are_the_tokenisation_of_the_whole_text(maker, task, split, vary):
+    for seed, length in ((1, 600), (2, 2048)) + (((3, 600), (4, 600), (5, 600), (6, 600)) if vary else ()):
+        example = maker.make(task, np.random.default_rng(seed), length, split=split, vary=vary)
         text = text_of(maker, example.ids)
         assert maker.tokenizer.encode(text, add_special_tokens=False).ids == example.ids.tolist()
         prompt = example.prompt()
         assert len(prompt) <= length
         assert len(prompt) >= 0.75 * length
         assert text_of(maker, prompt).endswith(":")
+
+
+def test_varied_wordings_never_repeat_held_out_ones(maker):
+    """Unseen wordings stay unseen: no part that training can draw is a part of a held-out wording."""
+    def texts(part):
+        return [t for v in part.values() for t in texts(v)] if isinstance(part, dict) else [part]
+    for family, wordings in maker.spec["wordings"].items():
+        held = {t for w in wordings["held_out"] for t in texts(w)} - {t for w in wordings["train"] for t in texts(w)}
+        drawn = {t for seed in range(3000)
+                 for t in texts(maker.variations.wording(np.random.default_rng(seed), family))}
+        assert len(drawn) > 50
+        assert not held & drawn
+    held = {s for sentences in maker.spec["noise"]["held_out"] for s in sentences}
+    assert not held & set(maker.variations.sentences)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -50,6 +50,37 @@ void silu_mul(const float* gate, const float* up, int64_t n, float* out) {
   }
 }
 
+void relu(float* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(x + i, vmax(zero(), load(x + i)));
+  if (i < n) store_part(x + i, vmax(zero(), load_part(x + i, static_cast<int>(n - i))), static_cast<int>(n - i));
+}
+
+// log(sigmoid(x)) = min(x, 0) - log1p(e), e = exp(-|x|) in (0, 1]. With s = e / (2 + e) in (0, 1/3],
+// log1p(e) = 2 atanh(s) = 2 s (1 + s^2/3 + s^4/5 + …), whose terms from s^16 on are below 3e-9. Everything is
+// relative to e, so that values near 0 keep their digits.
+inline Vec log_sigmoid_of(Vec x) {
+  const Vec e = exp2<5>(vabs(x) * set1(-1.44269504088896341f));
+  const Vec s = e / (set1(2.0f) + e), z = s * s;
+  Vec p = fma(z, set1(1.0f / 15), set1(1.0f / 13));
+  p = fma(p, z, set1(1.0f / 11));
+  p = fma(p, z, set1(1.0f / 9));
+  p = fma(p, z, set1(1.0f / 7));
+  p = fma(p, z, set1(1.0f / 5));
+  p = fma(p, z, set1(1.0f / 3));
+  p = fma(p, z, set1(1.0f));
+  return vmin(zero(), x) - (s + s) * p;
+}
+
+void log_sigmoid(const float* x, int64_t n, float factor, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, log_sigmoid_of(load(x + i)) * set1(factor));
+  if (i < n) {
+    const int m = static_cast<int>(n - i);
+    store_part(out + i, log_sigmoid_of(load_part(x + i, m)) * set1(factor), m);
+  }
+}
+
 void rope(float* x, int64_t half, const float* cosine, const float* sine) {
   float* y = x + half;
   for (int64_t i = 0; i < half; i += kLanes) {
@@ -61,4 +92,4 @@ void rope(float* x, int64_t half, const float* cosine, const float* sine) {
   }
 }
 
-inline constexpr ElementwiseOps kOps = {rms_norm, silu_mul, rope};
+inline constexpr ElementwiseOps kOps = {rms_norm, silu_mul, relu, log_sigmoid, rope};

@@ -12,6 +12,9 @@ struct ElementwiseOps {
   void (*rms_norm)(const float* x, int64_t d, const float* weight, float eps, float* y);
   // out = gate / (1 + e^-gate) * up; may be in place.
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);
+  void (*relu)(float* x, int64_t n);
+  // out = log(1 / (1 + e^-x)) * factor; may be in place.
+  void (*log_sigmoid)(const float* x, int64_t n, float factor, float* out);
   // Rotates the pairs (i, i + half) of one head.
   void (*rope)(float* x, int64_t half, const float* cosine, const float* sine);
 };

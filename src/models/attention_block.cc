@@ -1,0 +1,111 @@
+#include "models/attention_block.h"
+
+#include <cstring>
+
+#include "kernels/elementwise.h"
+
+namespace lacuna {
+namespace {
+
+// Keys that queries of this call see, themselves included; 0 = all. A call starts its sequence if its first
+// token stands at position 0; `first_token` is the chunk's offset in the call.
+int64_t visible_keys(const AttentionWeights& w, const LayerCall& call, const BatchRows& r) {
+  const bool starts = r.first_position == call.first_token;
+  return starts && w.start_window > 0 ? w.start_window : w.layer.window;
+}
+
+}  // namespace
+
+void LayerCall::show(const char* name, const float* data, int64_t width) const {
+  for (size_t i = 0; i < rows.size(); ++i)
+    if (observers[i] && observers[i]->wants_tensors())
+      observers[i]->on_tensor({name, layer, first_token, rows[i].tokens, width, data + rows[i].first_row * width});
+}
+
+void AttentionBlock::forward(Context& ctx, const LayerCall& call, const AttentionWeights& w, const float* normed,
+                             float* out, LinearMode mode) {
+  const AttentionLayer& l = w.layer;
+  const int64_t m = call.row_count, d = l.head_dim, qs = l.query_heads * d, ks = l.kv_heads * d;
+  float* q = ctx.activation(ActivationSlot::kQuery, static_cast<size_t>(m * qs));      // [M, H, d]
+  float* k = ctx.activation(ActivationSlot::kKey, static_cast<size_t>(m * ks));        // [M, G, d]
+  float* v = ctx.activation(ActivationSlot::kValue, static_cast<size_t>(m * ks));      // [M, G, d]
+  float* mixed = ctx.activation(ActivationSlot::kMixed, static_cast<size_t>(m * qs));  // [M, H, d]
+
+  linear(ctx, w.q, normed, m, q);
+  linear(ctx, w.k, normed, m, k);
+  linear(ctx, w.v, normed, m, v);
+  if (w.q_norm) {
+    rms_norm(ctx, q, m * l.query_heads, d, w.q_norm, w.norm_eps, q);
+    rms_norm(ctx, k, m * l.kv_heads, d, w.k_norm, w.norm_eps, k);
+  }
+  bool raw = false;
+  for (const LayerObserver* o : call.observers) raw = raw || (o && o->wants_raw_queries());
+  float* q_raw = nullptr;
+  if (raw) {
+    q_raw = ctx.activation(ActivationSlot::kRawQuery, static_cast<size_t>(m * qs));
+    std::memcpy(q_raw, q, static_cast<size_t>(m * qs) * sizeof(float));
+  }
+  rotate(ctx, call, l, q, k);
+
+  sequences_.resize(call.rows.size());
+  for (size_t i = 0; i < call.rows.size(); ++i) {
+    const BatchRows& r = call.rows[i];
+    r.state->kv.append(ctx, call.layer, k + r.first_row * ks, v + r.first_row * ks, r.tokens, r.first_position);
+    sequences_[i] = {q + r.first_row * qs, mixed + r.first_row * qs, r.tokens, r.first_position,
+                     r.state->kv.views(call.layer)};
+  }
+  attend(ctx, call, w);
+  call.show("q", q, qs);
+  call.show("k", k, ks);
+  call.show("v", v, ks);
+  call.show("o", mixed, qs);
+  for (size_t i = 0; i < call.rows.size(); ++i) {
+    const BatchRows& r = call.rows[i];
+    if (call.observers[i])
+      call.observers[i]->on_chunk(
+          {call.layer, call.first_token, r.tokens, call.call_tokens, r.first_position,
+           raw ? q_raw + r.first_row * qs : nullptr, q + r.first_row * qs, mixed + r.first_row * qs},
+          *r.state);
+    // The next query of this call sees positions > next - window; whole pages before that are dead.
+    const int64_t window = visible_keys(w, call, r);
+    if (window > 0) r.state->kv.drop_before(call.layer, r.first_position + r.tokens - window + 1);
+  }
+  linear(ctx, l.output, mixed, m, out, mode);
+}
+
+void AttentionBlock::attend(Context& ctx, const LayerCall& call, const AttentionWeights& w) {
+  const KvLayout& layout = call.rows[0].state->kv.layout(call.layer);
+  AttentionShape shape{w.layer.query_heads, w.layer.kv_heads, w.layer.scale, 0, 0, 0};
+  // One op for neighbours of the same window: all of a decode batch, whose one-token calls never start
+  // with more tokens than any window shows.
+  for (size_t begin = 0, end; begin < call.rows.size(); begin = end) {
+    shape.window = visible_keys(w, call, call.rows[begin]);
+    for (end = begin + 1; end < call.rows.size(); ++end)
+      if (visible_keys(w, call, call.rows[end]) != shape.window) break;
+    attention(ctx, layout, shape, std::span(sequences_).subspan(begin, end - begin));
+  }
+}
+
+void AttentionBlock::rotate(Context& ctx, const LayerCall& call, const AttentionLayer& l, float* q, float* k) {
+  const int64_t half = l.head_dim / 2;
+  RopeTable::Rows table;
+  if (call.rows.size() == 1) {
+    const BatchRows& r = call.rows[0];
+    table = rope_.rows(ctx, r.first_position, r.tokens, r.sequence_length);
+  } else {
+    // Sequences of a batch stand at unrelated positions: gather their rows.
+    float* cos = ctx.activation(ActivationSlot::kCos, static_cast<size_t>(call.row_count * half));
+    float* sin = ctx.activation(ActivationSlot::kSin, static_cast<size_t>(call.row_count * half));
+    for (const BatchRows& r : call.rows) {
+      const RopeTable::Rows part = rope_.rows(ctx, r.first_position, r.tokens, r.sequence_length);
+      const size_t bytes = static_cast<size_t>(r.tokens * half) * sizeof(float);
+      std::memcpy(cos + r.first_row * half, part.cos, bytes);
+      std::memcpy(sin + r.first_row * half, part.sin, bytes);
+    }
+    table = {cos, sin};
+  }
+  rope(ctx, q, call.row_count, l.query_heads, l.head_dim, table.cos, table.sin);
+  rope(ctx, k, call.row_count, l.kv_heads, l.head_dim, table.cos, table.sin);
+}
+
+}  // namespace lacuna
