@@ -20,8 +20,9 @@ size_t rounded(size_t bytes, size_t to = kAlignment) { return (bytes + to - 1) /
 
 void* huge(size_t bytes) {
   void* data = std::aligned_alloc(kHugePage, rounded(bytes, kHugePage));
-  // Advice: where the system has no huge page, small ones serve.
-  if (data) ::madvise(data, rounded(bytes, kHugePage), MADV_HUGEPAGE);
+  // Advice: where the system has no huge page, small ones serve. A block's end keeps small pages, so that
+  // no more is resident than is used.
+  if (data) ::madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
   return data;
 }
 
