@@ -31,7 +31,7 @@ struct EngineOptions {
 
 // Adds -m, --threads, --dtype, --weights, --kv-dtype, --chunk, --memory-limit, --window, --no-check. A command with a
 // --window of its own leaves only the other name for the rule.
-void add_engine_options(CLI::App& app, EngineOptions& options, const char* window_names = "--window,--window-rule");
+void add_engine_options(CLI::App& app, EngineOptions& options);
 
 // A model with all that is needed to run it. Members are destroyed in reverse order.
 struct Engine {
