@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Writes a random-weight Qwen2-style checkpoint in the Hugging Face layout, to measure speed with.
+"""Writes a random-weight checkpoint in the Hugging Face layout, to measure speed with.
 
-The default is the shape of Qwen2.5-0.5B. Only the standard library is needed. Values repeat after 2**20
+--arch qwen2 (default: the shape of Qwen2.5-0.5B) or gla_swa (SpikingBrain-7B's kind: gated linear attention in even
+layers, a sliding window in odd ones; the published widths are --layers 28 --hidden 3584 --ffn 18944 --heads 28
+--kv-heads 4 --vocab 152064 --positions 131072 --window 4096). Only the standard library is needed. Values repeat after 2**20
 random ones (a prime stride apart from row to row), which changes neither bytes nor operations.
 
     scripts/make_random_model.py out/ --dtype bf16 [--tokenizer DIR]
@@ -59,8 +61,39 @@ class Pool:
             at = 0
 
 
+def gla_swa_tensors(c):
+    """As tensors_of, with SpikingBrain-7B's names."""
+    d, f = c["hidden_size"], c["intermediate_size"]
+    head = d // c["num_attention_heads"]
+    kv = c["num_key_value_heads"] * head
+    rank = c["gate_low_rank_dim"]
+    yield "model.embeddings.weight", (c["vocab_size"], d), "weight"
+    for i in range(c["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        yield p + "attn_norm.weight", (d,), "norm"
+        for name, rows, bias in (("q", d, True), ("k", kv, True), ("v", kv, True), ("o", d, False)):
+            yield f"{p}attn.{name}_proj.weight", (rows, d), "weight"
+            if bias:
+                yield f"{p}attn.{name}_proj.bias", (rows,), "bias"
+        if i % 2 == 0:
+            yield p + "attn.gk_proj.0.weight", (rank, d), "weight"
+            yield p + "attn.gk_proj.1.weight", (kv, rank), "weight"
+            yield p + "attn.gk_proj.1.bias", (kv,), "bias"
+            yield p + "attn.g_norm.weight", (head,), "norm"
+        yield p + "mlp_norm.weight", (d,), "norm"
+        yield p + "mlp.gate_proj.weight", (f, d), "weight"
+        yield p + "mlp.up_proj.weight", (f, d), "weight"
+        yield p + "mlp.down_proj.weight", (d, f), "weight"
+    yield "model.norm.weight", (d,), "norm"
+    if not c["tie_word_embeddings"]:
+        yield "lm_head.weight", (c["vocab_size"], d), "weight"
+
+
 def tensors_of(c, dtype):
     """(name, shape, kind) in file order; kind is weight, norm or bias."""
+    if c["model_type"] == "gla_swa":
+        yield from gla_swa_tensors(c)
+        return
     d, f, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
     head = d // c["num_attention_heads"]
     kv = c["num_key_value_heads"] * head
@@ -82,6 +115,7 @@ def tensors_of(c, dtype):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--arch", choices=["qwen2", "gla_swa"], default="qwen2")
     parser.add_argument("--dtype", choices=["f32", "bf16", "int8"], default="bf16")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden", type=int, default=896)
@@ -90,6 +124,7 @@ def main():
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--positions", type=int, default=32768)
+    parser.add_argument("--window", type=int, default=4096, help="gla_swa: sliding window in tokens")
     parser.add_argument("--tokenizer", type=pathlib.Path, help="folder whose tokenizer files are copied; its ids must fit --vocab")
     a = parser.parse_args()
 
@@ -101,6 +136,11 @@ def main():
         "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
         "torch_dtype": {"f32": "float32"}.get(a.dtype, "bfloat16"),
     }
+    if a.arch == "gla_swa":
+        for key in ("architectures", "rms_norm_eps"):
+            del config[key]
+        config |= {"architectures": ["GLAswaForCausalLM"], "model_type": "gla_swa", "hidden_act": "swish", "norm_eps": 1e-6,
+                   "sliding_window": a.window, "gate_low_rank_dim": 16, "tie_word_embeddings": False}
     if a.hidden % a.heads or a.heads % a.kv_heads:
         parser.error(f"{a.hidden} channels, {a.heads} heads and {a.kv_heads} KV heads do not divide")
     if a.dtype == "int8":

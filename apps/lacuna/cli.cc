@@ -29,7 +29,7 @@ DType parse_kv_dtype(const std::string& text, ActivationType activations) {
 
 }  // namespace
 
-void add_engine_options(CLI::App& app, EngineOptions& o) {
+void add_engine_options(CLI::App& app, EngineOptions& o, const char* window_names) {
   app.add_option("-m,--model", o.model_dir, "Model directory in the Hugging Face layout")->required();
   app.add_option("--threads", o.threads, "Threads; 0 = every core this process may use")->check(CLI::Range(0, 1024));
   app.add_option("--dtype", o.dtype, "Operands of matrix products: f32, bf16, or auto (f32 for f32 weights)")
@@ -40,7 +40,7 @@ void add_engine_options(CLI::App& app, EngineOptions& o) {
       ->check(CLI::IsMember({"auto", "f32", "bf16", "int8"}));
   app.add_option("--chunk", o.chunk, "Prefill: tokens of activations at a time")->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
   app.add_option("--memory-limit", o.memory_limit, "Refuse to allocate more than this (\"4GiB\"); default: what is free now");
-  app.add_option("--window", o.window,
+  app.add_option(window_names, o.window,
                  "SpikingBrain: keys a sliding window of W shows: official (W + 1 in a prompt, W after it), exact (W), plus_one "
                  "(W + 1), or config (what config.json says, else official)")
       ->check(CLI::IsMember({"config", "official", "exact", "plus_one"}));

@@ -29,8 +29,9 @@ struct EngineOptions {
   bool check_weights = true;
 };
 
-// Adds -m, --threads, --dtype, --weights, --kv-dtype, --chunk, --memory-limit, --window, --no-check.
-void add_engine_options(CLI::App& app, EngineOptions& options);
+// Adds -m, --threads, --dtype, --weights, --kv-dtype, --chunk, --memory-limit, --window, --no-check. A command with a
+// --window of its own leaves only the other name for the rule.
+void add_engine_options(CLI::App& app, EngineOptions& options, const char* window_names = "--window,--window-rule");
 
 // A model with all that is needed to run it. Members are destroyed in reverse order.
 struct Engine {

@@ -8,7 +8,6 @@
 
 #include "cli.h"
 #include "evict/score_board.h"
-#include "formats/config.h"
 #include "formats/safetensors.h"
 #include "formats/safetensors_writer.h"
 
@@ -167,13 +166,16 @@ void write_run(const InspectOptions& o) {
 }
 
 nlohmann::json describe(const InspectOptions& o) {
-  const ModelConfig config = load_model_config(o.engine.model_dir);
+  const ModelOutline model = outline_model(o.engine.model_dir);
   const ModelFiles files = ModelFiles::open(o.engine.model_dir);
-  nlohmann::json out = {{"architecture", config.model_type}, {"layers", config.layers},        {"hidden", config.hidden},
-                        {"intermediate", config.intermediate}, {"query_heads", config.heads}, {"kv_heads", config.kv_heads},
-                        {"head_dim", config.head_dim},       {"vocab", config.vocab},          {"positions", config.max_positions},
-                        {"tied_embeddings", config.tie_word_embeddings}, {"rope_theta", config.rope.theta},
-                        {"eos_ids", config.eos_ids},         {"file_bytes", files.file_bytes()}};
+  nlohmann::json out = {{"architecture", model.architecture}, {"layers", model.layers},        {"hidden", model.hidden},
+                        {"intermediate", model.intermediate}, {"query_heads", model.query_heads}, {"kv_heads", model.kv_heads},
+                        {"head_dim", model.head_dim},         {"vocab", model.vocab},          {"positions", model.max_positions},
+                        {"tied_embeddings", model.tied_embeddings}, {"rope_theta", model.rope_theta},
+                        {"eos_ids", model.eos_ids},           {"file_bytes", files.file_bytes()},
+                        {"attention_layers", model.attention_layers}, {"sliding_window_layers", model.window_layers},
+                        {"sliding_window", model.window},     {"recurrent_layers", model.recurrent_layers},
+                        {"recurrent_state_bytes", model.state_bytes}};
   int64_t parameters = 0;
   for (const auto& name : files.names()) {
     const Tensor t = files.get(name);
@@ -181,12 +183,9 @@ nlohmann::json describe(const InspectOptions& o) {
     out["tensors"].push_back({{"name", name}, {"dtype", dtype_name(t.dtype)}, {"shape", std::vector<int64_t>(t.shape.begin(), t.shape.begin() + t.rank)}, {"bytes", t.bytes()}});
   }
   out["parameters"] = parameters;
-  int64_t windowed = 0;
-  for (int64_t w : config.layer_window) windowed += w > 0;
-  out["sliding_window_layers"] = windowed;
   for (DType t : {DType::kF32, DType::kBF16, DType::kI8}) {
-    const KvLayout layout{t, config.head_dim, 32};
-    out["kv_bytes_per_token"][std::string(dtype_name(t))] = layout.slot_bytes() * static_cast<size_t>(config.kv_heads) * static_cast<size_t>(config.layers);
+    const KvLayout layout{t, model.head_dim, 32};
+    out["kv_bytes_per_token"][std::string(dtype_name(t))] = layout.slot_bytes() * static_cast<size_t>(model.kv_heads) * static_cast<size_t>(model.attention_layers);
   }
   return out;
 }
@@ -208,6 +207,12 @@ int inspect_command(const InspectOptions& o) {
                       human_bytes(static_cast<double>(d["file_bytes"].get<size_t>())), d["tied_embeddings"].get<bool>() ? ", tied embeddings" : "");
   text += fmt::format("KV cache a token: {} in f32, {} in bf16, {} in int8\n", human_bytes(d["kv_bytes_per_token"]["f32"].get<double>()),
                       human_bytes(d["kv_bytes_per_token"]["bf16"].get<double>()), human_bytes(d["kv_bytes_per_token"]["int8"].get<double>()));
+  if (d["sliding_window_layers"].get<int>() > 0)
+    text += fmt::format("{} of {} attention layers see a sliding window of {} tokens and keep no more\n", d["sliding_window_layers"].get<int>(),
+                        d["attention_layers"].get<int>(), d["sliding_window"].get<int64_t>());
+  if (d["recurrent_layers"].get<int>() > 0)
+    text += fmt::format("{} recurrent layers: a state of {} a sequence, whatever its length\n", d["recurrent_layers"].get<int>(),
+                        human_bytes(d["recurrent_state_bytes"].get<double>()));
   for (const auto& t : d["tensors"])
     text += fmt::format("  {:<52} {:<5} {}\n", t["name"].get<std::string>(), t["dtype"].get<std::string>(), t["shape"].dump());
   print_out(text);

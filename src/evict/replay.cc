@@ -108,7 +108,6 @@ std::vector<std::vector<std::vector<float>>> replay_attention(Context& ctx, Mode
   ReplayObserver observer(ctx, model, state);
   observer.tokens = static_cast<int64_t>(context.size());
   const int64_t next_position = state.next_position;
-  // Slots are taken back layer by layer; a recurrent state must be kept as it was.
   const RecurrentState before = state.recurrent.copy(ctx.memory);
   for (int64_t begin = 0; begin < observer.tokens; begin += kReplayChunk) {
     observer.begin = begin;
@@ -117,6 +116,7 @@ std::vector<std::vector<std::vector<float>>> replay_attention(Context& ctx, Mode
     const int64_t prefix = std::min(kPrefix, begin);
     ids.insert(ids.end(), context.begin() + begin - prefix, context.begin() + observer.end);
     prefill(ctx, model, state, ids, &observer, options, nullptr);
+    // What was replayed leaves no trace: entries are cut off layer by layer, recurrent states put back.
     state.next_position = next_position;
     state.recurrent = before.copy(ctx.memory);
   }

@@ -1,5 +1,6 @@
 // The pre-norm decoder of Llama, Mistral, Qwen2 and Qwen3: RMSNorm, grouped-query attention with
 // rotary embedding, SwiGLU. The families differ in biases, q/k norms and windows, all from the config.
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/elementwise.h"
@@ -126,6 +127,17 @@ class Decoder : public Model {
 
 std::unique_ptr<Model> load_decoder(Context& ctx, const std::filesystem::path& dir, const LoadOptions& options) {
   return std::make_unique<Decoder>(ctx, dir, options);
+}
+
+ModelOutline outline_decoder(const std::filesystem::path& dir) {
+  const ModelConfig c = load_model_config(dir);
+  ModelOutline o{c.model_type, c.layers,  c.hidden,   c.intermediate, c.vocab, c.max_positions, c.heads,
+                 c.kv_heads,   c.head_dim, c.tie_word_embeddings, c.rope.theta, c.eos_ids, c.layers};
+  for (const int64_t w : c.layer_window) {
+    o.window_layers += w > 0;
+    o.window = std::max(o.window, w);
+  }
+  return o;
 }
 
 }  // namespace lacuna

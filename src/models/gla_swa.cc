@@ -243,4 +243,15 @@ std::unique_ptr<Model> load_gla_swa(Context& ctx, const std::filesystem::path& d
   return std::make_unique<GlaSwa>(ctx, dir, options);
 }
 
+ModelOutline outline_gla_swa(const std::filesystem::path& dir) {
+  const SpikingBrainConfig c = load_spikingbrain_config(dir);
+  ModelOutline o{"gla_swa",  c.layers,   c.hidden,              c.intermediate, c.vocab,   c.max_positions, c.heads,
+                 c.kv_heads, c.head_dim, c.tie_word_embeddings, c.rope.theta,   c.eos_ids, c.layers / 2};
+  for (int i = 1; i < c.layers; i += 2) o.window_layers += !c.full_attention[static_cast<size_t>(i)];
+  o.window = c.sliding_window;
+  o.recurrent_layers = c.layers - o.attention_layers;
+  o.state_bytes = int64_t{o.recurrent_layers} * c.kv_heads * c.head_dim * c.head_dim * 4;
+  return o;
+}
+
 }  // namespace lacuna

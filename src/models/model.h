@@ -137,6 +137,23 @@ struct LoadOptions {
 // Loads a model directory in the Hugging Face layout. Weights are mapped and charged to kWeights.
 std::unique_ptr<Model> load_model(Context& ctx, const std::filesystem::path& dir, const LoadOptions& options = {});
 
+// A model by its config.json alone: what it is, without reading a weight.
+struct ModelOutline {
+  std::string architecture;
+  int layers = 0;
+  int64_t hidden = 0, intermediate = 0, vocab = 0, max_positions = 0;
+  int query_heads = 0, kv_heads = 0, head_dim = 0;
+  bool tied_embeddings = false;
+  double rope_theta = 0;
+  std::vector<int32_t> eos_ids;
+  int attention_layers = 0;  // with keys and values
+  int window_layers = 0;     // … of which so many see a sliding window
+  int64_t window = 0;        // of the widest of them
+  int recurrent_layers = 0;
+  int64_t state_bytes = 0;   // recurrent states of one sequence
+};
+ModelOutline outline_model(const std::filesystem::path& dir);
+
 // model_type values that load_model knows.
 std::vector<std::string> known_architectures();
 

@@ -8,15 +8,16 @@ namespace {
 struct Architecture {
   const char* model_type;
   ModelFactory load;
+  OutlineFactory outline;
 };
 
 // An architecture is one file and one line here.
 constexpr Architecture kArchitectures[] = {
-    {"llama", load_decoder},
-    {"mistral", load_decoder},
-    {"qwen2", load_decoder},
-    {"qwen3", load_decoder},
-    {"gla_swa", load_gla_swa},
+    {"llama", load_decoder, outline_decoder},
+    {"mistral", load_decoder, outline_decoder},
+    {"qwen2", load_decoder, outline_decoder},
+    {"qwen3", load_decoder, outline_decoder},
+    {"gla_swa", load_gla_swa, outline_gla_swa},
 };
 
 }  // namespace
@@ -27,12 +28,22 @@ std::vector<std::string> known_architectures() {
   return names;
 }
 
-std::unique_ptr<Model> load_model(Context& ctx, const std::filesystem::path& dir, const LoadOptions& options) {
+namespace {
+
+const Architecture& architecture_of(const std::filesystem::path& dir) {
   const std::string type = load_model_type(dir);
   for (const auto& a : kArchitectures)
-    if (type == a.model_type) return a.load(ctx, dir, options);
+    if (type == a.model_type) return a;
   throw Unsupported("{}: model_type: found \"{}\", expected one of {}", (dir / "config.json").string(), type,
                     fmt::join(known_architectures(), ", "));
 }
+
+}  // namespace
+
+std::unique_ptr<Model> load_model(Context& ctx, const std::filesystem::path& dir, const LoadOptions& options) {
+  return architecture_of(dir).load(ctx, dir, options);
+}
+
+ModelOutline outline_model(const std::filesystem::path& dir) { return architecture_of(dir).outline(dir); }
 
 }  // namespace lacuna

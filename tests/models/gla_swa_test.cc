@@ -223,6 +223,26 @@ TEST(GlaSwa, CompactTypesStayClose) {
   EXPECT_LT(relative(small.read(other, ids)), 0.15);
 }
 
+TEST(GlaSwa, OutlineIsWhatLoads) {
+  Engine e;
+  const ModelOutline o = outline_model(golden());
+  EXPECT_EQ(o.architecture, e.model->info().architecture);
+  EXPECT_EQ(o.layers, e.model->info().layers);
+  EXPECT_EQ(o.hidden, e.model->info().hidden);
+  EXPECT_EQ(o.vocab, e.model->info().vocab);
+  SequenceState state = e.new_state();
+  EXPECT_EQ(static_cast<size_t>(o.state_bytes), state.recurrent.bytes());
+  int attention = 0, windows = 0;
+  for (int l = 0; l < o.layers; ++l) {
+    attention += e.model->attention(l) != nullptr;
+    windows += e.model->attention(l) && e.model->attention(l)->window > 0;
+  }
+  EXPECT_EQ(o.attention_layers, attention);
+  EXPECT_EQ(o.window_layers, windows);
+  EXPECT_EQ(o.recurrent_layers, 2);
+  EXPECT_EQ(o.window, kWindow);
+}
+
 // A copy of the golden checkpoint that may be changed.
 class ChangedCheckpoint : public testing::Test {
  protected:
