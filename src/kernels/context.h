@@ -22,6 +22,8 @@ enum class ActivationType : uint8_t { kF32, kBF16 };
 enum class ActivationSlot : uint8_t {
   kHidden, kNormed, kQuery, kRawQuery, kKey, kValue, kMixed, kGate, kUp, kCos, kSin, kLogits,
   kExpertIn, kExpertOut,  // rows of one expert's tokens
+  kSinkMixed, kLse,       // attention's share from sinks, and logarithms of both shares' denominators
+  kBranch, kDecay,        // one branch of a parallel layer; log decays
   kCount
 };
 
