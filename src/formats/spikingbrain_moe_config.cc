@@ -4,8 +4,6 @@
 #include <string>
 #include <string_view>
 
-#include "formats/config.h"
-
 namespace lacuna {
 namespace {
 
@@ -120,6 +118,7 @@ SpikingBrainMoeConfig parse_spikingbrain_moe_config(const ConfigFile& config) {
   m.max_positions = config.integer("max_position_embeddings", 1, kMaxPositions, 131072);
   const std::string activation = config.text("hidden_act", "silu");
   if (activation != "silu" && activation != "swish") config.unsupported("hidden_act", "\"silu\"");
+  m.stored = parse_stored_weights(config);
   read_heads(config, m);
   read_attention(config, m);
   read_branches(config, m);

@@ -4,8 +4,7 @@
 #include <filesystem>
 #include <vector>
 
-#include "formats/config_file.h"
-#include "formats/rope.h"
+#include "formats/config.h"
 
 namespace lacuna {
 
@@ -29,6 +28,7 @@ struct SpikingBrainMoeConfig {
   bool qkv_bias = true;
   int64_t max_positions = 0;
   RopeConfig rope;
+  StoredWeights stored = StoredWeights::kFloat;
 
   std::vector<int64_t> layer_window;  // [layers]: keys that a query sees, itself included; 0 = all
   int sinks = 0;                      // learnable tokens before the text

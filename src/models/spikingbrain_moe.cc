@@ -37,6 +37,7 @@ class ParallelHybrid : public Model {
  public:
   ParallelHybrid(Context& ctx, const std::filesystem::path& dir, const LoadOptions& options)
       : config_(load_spikingbrain_moe_config(dir)),
+        dir_(dir.string()),
         weights_(ctx, ModelFiles::open(dir), options),
         attention_(config_.rope, config_.head_dim, config_.max_positions) {
     if (!config_.softmax_rope) no_angles_.assign(static_cast<size_t>(config_.head_dim / 2), 0.0f);
@@ -204,7 +205,14 @@ class ParallelHybrid : public Model {
   // out [M, D] = the linear branch of all rows, whose states are `states_`.
   void mix_linear(Context& ctx, const HybridLayer& l, const LinearRows& p, int64_t m, float* out) {
     const int d = config_.head_dim;
-    gated_linear_attention(ctx, {config_.heads, config_.kv_heads, d, d, l.softmax.layer.scale}, states_);
+    try {
+      gated_linear_attention(ctx, {config_.heads, config_.kv_heads, d, d, l.softmax.layer.scale}, states_);
+    } catch (const BadInput& error) {
+      // tied_gate is never above 0: only activations that are not numbers come here, from weights that are
+      // finite one by one but not in a product.
+      throw CorruptData("{}: layer {}: the activations are not finite with these weights ({})", dir_, ctx.layer,
+                        error.what());
+    }
     if (!norm_after()) rms_norm(ctx, p.mixed, m * config_.heads, d, l.linear_norm, config_.norm_eps, p.mixed);
     linear(ctx, l.linear.o, p.mixed, m, out);
   }
@@ -242,6 +250,7 @@ class ParallelHybrid : public Model {
     std::memcpy(hidden, weights_.matrix("model.sink_embeddings", m, d), rows.bytes());
     sinks_.resize(layers);
     for (int i = 0; i < config_.layers; ++i) {
+      ctx.layer = i;
       HybridLayer& l = layers_[static_cast<size_t>(i)];
       SinkKeys& sinks = sinks_[static_cast<size_t>(i)];
       sinks.layout = layout;
@@ -260,6 +269,7 @@ class ParallelHybrid : public Model {
       feed(ctx, l, hidden, m);
       l.softmax.sinks = &sinks;
     }
+    ctx.layer = -1;
     if (!config_.linear_sees_sinks) sink_states_.reset();
   }
 
@@ -282,6 +292,7 @@ class ParallelHybrid : public Model {
   }
 
   SpikingBrainMoeConfig config_;
+  std::string dir_;
   ModelInfo info_;
   WeightBinder weights_;
   AttentionBlock attention_;
