@@ -70,5 +70,6 @@ Command add_run(CLI::App& app);
 Command add_eval(CLI::App& app);
 Command add_bench(CLI::App& app);
 Command add_inspect(CLI::App& app);
+Command add_convert(CLI::App& app);
 
 }  // namespace lacuna::cli
