@@ -119,6 +119,7 @@ SpikingBrainMoeConfig parse_spikingbrain_moe_config(const ConfigFile& config) {
   const std::string activation = config.text("hidden_act", "silu");
   if (activation != "silu" && activation != "swish") config.unsupported("hidden_act", "\"silu\"");
   m.stored = parse_stored_weights(config);
+  m.eos_ids = parse_token_ids(config, "eos_token_id");
   read_heads(config, m);
   read_attention(config, m);
   read_branches(config, m);

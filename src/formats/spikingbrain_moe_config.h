@@ -29,6 +29,7 @@ struct SpikingBrainMoeConfig {
   int64_t max_positions = 0;
   RopeConfig rope;
   StoredWeights stored = StoredWeights::kFloat;
+  std::vector<int32_t> eos_ids;
 
   std::vector<int64_t> layer_window;  // [layers]: keys that a query sees, itself included; 0 = all
   int sinks = 0;                      // learnable tokens before the text

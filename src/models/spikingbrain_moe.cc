@@ -315,8 +315,9 @@ std::unique_ptr<Model> load_spikingbrain_moe(Context& ctx, const std::filesystem
 
 ModelOutline outline_spikingbrain_moe(const std::filesystem::path& dir) {
   const SpikingBrainMoeConfig c = load_spikingbrain_moe_config(dir);
-  ModelOutline o{"spikingbrain_moe", c.layers, c.hidden, c.intermediate, c.vocab, c.max_positions, c.heads, c.kv_heads,
-                 c.head_dim, c.tie_word_embeddings, c.rope.theta, c.eos_ids, c.layers};
+  ModelOutline o{"spikingbrain_moe", c.layers,  c.hidden,   c.intermediate, c.vocab,
+                 c.max_positions,    c.heads,   c.kv_heads, c.head_dim,     c.tie_word_embeddings,
+                 c.rope.theta,       c.eos_ids, c.layers};
   for (int i = 0; i < c.layers; ++i) {
     const int64_t window = c.layer_window[static_cast<size_t>(i)];
     o.window_layers += window > 0;
