@@ -29,7 +29,7 @@ DType parse_kv_dtype(const std::string& text, ActivationType activations) {
 
 }  // namespace
 
-void add_engine_options(CLI::App& app, EngineOptions& o) {
+void add_engine_options(CLI::App& app, EngineOptions& o, const char* window_names) {
   app.add_option("-m,--model", o.model_dir, "Model directory in the Hugging Face layout")->required();
   app.add_option("--threads", o.threads, "Threads; 0 = every core this process may use")->check(CLI::Range(0, 1024));
   app.add_option("--dtype", o.dtype, "Operands of matrix products: f32, bf16, or auto (f32 for f32 weights)")

@@ -29,8 +29,7 @@ struct EngineOptions {
   bool check_weights = true;
 };
 
-// Adds -m, --threads, --dtype, --weights, --kv-dtype, --chunk, --memory-limit, --window, --no-check. A command with a
-// --window of its own leaves only the other name for the rule.
+// Adds -m, --threads, --dtype, --weights, --kv-dtype, --chunk, --memory-limit, --window-rule, --no-check.
 void add_engine_options(CLI::App& app, EngineOptions& options);
 
 // A model with all that is needed to run it. Members are destroyed in reverse order.
@@ -70,5 +69,6 @@ Command add_run(CLI::App& app);
 Command add_eval(CLI::App& app);
 Command add_bench(CLI::App& app);
 Command add_inspect(CLI::App& app);
+Command add_convert(CLI::App& app);
 
 }  // namespace lacuna::cli

@@ -250,7 +250,7 @@ void add_task_options(CLI::App& app, EvalOptions& o) {
 }
 
 void add_text_options(CLI::App& app, EvalOptions& o) {
-  add_engine_options(app, o.engine);
+  add_engine_options(app, o.engine, "--window-rule");  // ppl has a --window of its own
   add_variant_options(app, o);
   app.add_option("-f,--file", o.files, "Plain text; may be repeated; default: every book of --haystack")->allow_extra_args(false);
   app.add_option("--haystack", o.haystack)->capture_default_str();

@@ -151,6 +151,9 @@ struct ModelOutline {
   int64_t window = 0;        // of the widest of them
   int recurrent_layers = 0;
   int64_t state_bytes = 0;   // recurrent states of one sequence
+  int expert_layers = 0;     // with a mixture of experts
+  int experts = 0, experts_per_token = 0, shared_experts = 0;  // in each of them: routed, of those run, always on
+  int sinks = 0;             // learnable tokens before the text
 };
 ModelOutline outline_model(const std::filesystem::path& dir);
 

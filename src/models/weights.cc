@@ -34,7 +34,15 @@ const float* WeightBinder::own(Buffer buffer) {
 }
 
 const float* WeightBinder::vector(const std::string& name, int64_t size) {
-  const Tensor t = files_.get(name, {size});
+  return floats(files_.get(name, {size}), name);
+}
+
+const float* WeightBinder::matrix(const std::string& name, int64_t rows, int64_t columns) {
+  return floats(files_.get(name, {rows, columns}), name);
+}
+
+const float* WeightBinder::floats(const Tensor& t, const std::string& name) {
+  const int64_t size = t.elements();
   if (!is_float(t.dtype))
     throw CorruptData("{}: tensor '{}': found dtype {}, expected f32, f16 or bf16", files_.file_of(name).string(), name,
                       dtype_name(t.dtype));

@@ -24,12 +24,15 @@ class WeightBinder {
   LinearWeight linear(const std::string& name, int64_t out, int64_t in, bool bias);
   // `name` [size] as f32.
   const float* vector(const std::string& name, int64_t size);
+  // `name` [rows, columns] as f32, for small matrices that are not weights of a product: never quantised.
+  const float* matrix(const std::string& name, int64_t rows, int64_t columns);
 
   int64_t parameters() const { return parameters_; }
   size_t bytes() const { return bytes_; }
 
  private:
   const float* own(Buffer buffer);
+  const float* floats(const Tensor& tensor, const std::string& name);
 
   Context& ctx_;
   ModelFiles files_;

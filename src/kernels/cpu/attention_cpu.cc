@@ -28,6 +28,9 @@ constexpr int64_t kFetchAhead = 6 * 1024;
 // bounds the partial results.
 constexpr int64_t kChunkSlots = 1024;
 constexpr int64_t kMaxChunks = 32;
+// Elements of a piece of merge_attention: a few microseconds.
+constexpr int64_t kMergeElements = 16384;
+constexpr float kLn2 = 0.693147180559945309f;
 
 // The work of one thread at a time.
 struct Item {
@@ -67,6 +70,14 @@ struct Job {
   float* output(const AttentionSequence& s, int64_t head, int64_t token) const {
     return s.out + token * out_stride + head * group * d();
   }
+  // Where the query heads of a group want their logarithms; null if nowhere.
+  float* lse(const AttentionSequence& s, int64_t head, int64_t token) const {
+    return s.lse ? s.lse + token * shape.query_heads + head * group : nullptr;
+  }
+  // Slots that a token of a sequence sees end here.
+  int64_t end(const AttentionSequence& s, const KvHeadView& h, int64_t token) const {
+    return shape.causal ? h.length - s.tokens + token + 1 : h.length;
+  }
   int64_t rows(const Item& item) const { return (item.token_end - item.token_begin) * group; }
   bool streams(const Item& item) const { return rows(item) <= kStreamRows; }
   bool narrow(const Item& item) const {
@@ -99,7 +110,7 @@ void visible_slots(const Job& job, const Item& item, int64_t* begin, int64_t* en
   for (int64_t t = item.token_begin; t < item.token_end; ++t) {
     lo = first_visible(job.layout, head, lo, s.first_position + t, job.shape.window);
     const int64_t b = std::min(lo, item.slot_end);
-    const int64_t e = std::max(b, std::min(item.slot_end, head.length - s.tokens + t + 1));
+    const int64_t e = std::max(b, std::min(item.slot_end, job.end(s, head, t)));
     *begin++ = b;
     *end++ = e;
     pairs += e - b;
@@ -140,9 +151,11 @@ void finish(const Job& job, const Item& item, const float* sums, const float* ma
     std::copy_n(total, rows, p + rows * (job.ld + 1));
     return;
   }
-  for (int64_t i = 0; i < rows; ++i)
-    job.ops.scale_row(sums + i * job.ld, 1.0f / total[i], job.d(),
-                      job.output(s, item.head, item.token_begin + i / job.group) + i % job.group * job.d());
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t token = item.token_begin + i / job.group, j = i % job.group;
+    job.ops.scale_row(sums + i * job.ld, 1.0f / total[i], job.d(), job.output(s, item.head, token) + j * job.d());
+    if (float* lse = job.lse(s, item.head, token)) lse[j] = (max[i] + std::log2(total[i])) * kLn2;
+  }
 }
 
 void blocked_item(Context& ctx, const Job& job, const Item& item, int thread) {
@@ -313,7 +326,9 @@ void merge_chunks(const Job& job, const Merge& merge) {
     const auto weight = [&](int64_t c) { return total[c * step] > 0 ? std::exp2(max[c * step] - top) : 0.0f; };
     float all = 0;
     for (int64_t c = 0; c < merge.chunks; ++c) all += total[c * step] * weight(c);
-    float* out = job.output(s, item.head, item.token_begin + i / job.group) + i % job.group * d;
+    const int64_t token = item.token_begin + i / job.group, j = i % job.group;
+    float* out = job.output(s, item.head, token) + j * d;
+    if (float* lse = job.lse(s, item.head, token)) lse[j] = (top + std::log2(all)) * kLn2;
     job.ops.scale_row(base + i * ld, weight(0) / all, d, out);
     for (int64_t c = 1; c < merge.chunks; ++c) job.ops.add_row(base + c * step + i * ld, weight(c) / all, d, out);
   }
@@ -341,7 +356,7 @@ Plan plan(const Job& job, Item* items, Merge* merges) {
       for (int64_t g = 0; g < job.shape.kv_heads; ++g) {
         const KvHeadView& head = s.heads[g];
         const int64_t t0 = b * block, t1 = std::min(s.tokens, t0 + block);
-        const int64_t end = head.length - s.tokens + t1;
+        const int64_t end = job.end(s, head, t1 - 1);
         const int64_t begin =
             first_visible(job.layout, head, 0, s.first_position + t0, job.shape.window) / kKeyTile * kKeyTile;
         Item item{static_cast<int64_t>(q), g, t0, t1, begin, end, -1};
@@ -439,6 +454,22 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
   ctx.pool.parallel_for(size.items, std::ref(run));
   const auto merge = [&](int64_t index, int) { merge_chunks(job, merges[index]); };
   ctx.pool.parallel_for(size.merges, std::ref(merge));
+}
+
+void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,
+                     const float* other_lse) {
+  const AttentionOps& ops = attention_ops(cpu_isa());
+  const int64_t piece = std::max<int64_t>(1, kMergeElements / d);
+  const auto body = [&](int64_t index, int) {
+    for (int64_t i = index * piece, end = std::min(rows, i + piece); i < end; ++i) {
+      const float top = std::max(lse[i], other_lse[i]);
+      const float a = std::exp(lse[i] - top), b = std::exp(other_lse[i] - top);
+      ops.scale_row(out + i * d, a / (a + b), d, out + i * d);
+      ops.add_row(other + i * d, b / (a + b), d, out + i * d);
+      lse[i] = top + std::log(a + b);
+    }
+  };
+  ctx.pool.parallel_for((rows + piece - 1) / piece, std::ref(body));
 }
 
 }  // namespace lacuna::cpu
