@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <map>
@@ -12,7 +13,9 @@
 #include <string>
 
 #include "base/error.h"
-#include "formats/safetensors_file.h"
+#include "formats/config_file.h"
+#include "formats/safetensors.h"
+#include "kernels/spike_linear.h"
 #include "spike/time_code.h"
 
 namespace lacuna {
@@ -226,6 +229,127 @@ TEST_P(W8ASpikeGolden, TimeCodes) {
     }
     if (part[2] == "rate") {
       EXPECT_NEAR(firing_rate(train), io_->floats(key).at(0), 1e-6) << key;
+    }
+  }
+}
+
+// Weights of one linear layer as the official quantiser sees them.
+struct QuantLinear {
+  PackedSpikeWeight packed;
+  std::vector<int16_t> codes;
+  std::vector<float> bias;
+};
+
+QuantLinear quant_linear(Context& ctx, const Tensor& weight, const Tensor& scales, const float* bias,
+                         SpikeArithmetic a) {
+  QuantLinear l;
+  const int64_t out = weight.shape[0], in = weight.shape[1], groups = scales.shape[1];
+  if (bias) l.bias.assign(bias, bias + out);
+  l.codes.resize(static_cast<size_t>(out * in));
+  quantize_groups(ctx, weight, scales.as<float>(), in / groups, l.codes.data());
+  l.packed = pack_spike_weight(ctx, Tensor(l.codes.data(), DType::kI16, {out, in}), scales.as<float>(), in / groups,
+                               bias ? l.bias.data() : nullptr, a);
+  return l;
+}
+
+constexpr SpikeArithmetic kArithmetics[] = {SpikeArithmetic::kFake, SpikeArithmetic::kInteger, SpikeArithmetic::kEvent};
+
+struct Fired {
+  std::vector<int32_t> counts;
+  std::vector<SpikeRow> rows;
+  std::vector<int64_t> wide() const { return {counts.begin(), counts.end()}; }
+};
+
+Fired fire(Context& ctx, const std::vector<float>& x, int64_t m, float k = 3) {
+  Fired f;
+  f.counts.resize(x.size());
+  f.rows.resize(static_cast<size_t>(m));
+  fire_neurons(ctx, x.data(), m, static_cast<int64_t>(x.size()) / m, k, f.counts.data(), f.rows.data());
+  return f;
+}
+
+void expect_thresholds(const Fired& f, const std::vector<float>& expected, const std::string& what) {
+  ASSERT_EQ(f.rows.size(), expected.size()) << what;
+  for (size_t r = 0; r < expected.size(); ++r)
+    EXPECT_NEAR(f.rows[r].threshold, expected[r], 1e-6 * expected[r]) << what << " row " << r;
+}
+
+TEST_P(W8ASpikeGolden, UnitLinear) {
+  if (!io_->has("ql.x")) return;
+  MemoryAccount memory;
+  Context ctx(memory, 2);
+  ctx.activations = ActivationType::kF32;
+  const int64_t m = io_->shape("ql.x").at(0);
+  const Fired f = fire(ctx, io_->floats("ql.x"), m);
+  EXPECT_EQ(f.wide(), io_->integers("ql.spikes"));
+  expect_thresholds(f, io_->floats("ql.vth"), "ql.vth");
+  const std::vector<float> bias = io_->floats("ql.bias"), expected = io_->floats("ql.y");
+  const Tensor weight = io_->file().get("ql.weight");
+  const int64_t out = weight.shape[0];
+  for (const SpikeArithmetic a : kArithmetics) {
+    const QuantLinear l = quant_linear(ctx, weight, io_->file().get("ql.scales"), bias.data(), a);
+    EXPECT_EQ(std::vector<int64_t>(l.codes.begin(), l.codes.end()), io_->integers("ql.codes"));
+    std::vector<float> y(expected.size());
+    spike_linear(ctx, l.packed.view, {f.counts.data(), f.rows.data(), m, weight.shape[1]}, y.data());
+    for (int64_t r = 0; r < m; ++r) {
+      float most = 0;
+      for (int64_t o = 0; o < out; ++o) most = std::max(most, std::fabs(expected[static_cast<size_t>(r * out + o)]));
+      for (int64_t o = 0; o < out; ++o)
+        EXPECT_NEAR(y[static_cast<size_t>(r * out + o)], expected[static_cast<size_t>(r * out + o)], 1e-5 * most)
+            << spike_arithmetic_name(a) << " ql.y row " << r << " output " << o;
+    }
+  }
+}
+
+TEST_P(W8ASpikeGolden, Codes) {
+  const ModelFiles model = ModelFiles::open(golden_root() / GetParam());
+  MemoryAccount memory;
+  Context ctx(memory, 2);
+  for (const std::string& key : io_->keys()) {
+    if (!key.starts_with("codes.")) continue;
+    const std::string name = key.substr(6);
+    const QuantLinear l = quant_linear(ctx, model.get(name + ".weight"), model.get(name + ".weight_quantizer.scales"),
+                                       nullptr, SpikeArithmetic::kInteger);
+    EXPECT_EQ(std::vector<int64_t>(l.codes.begin(), l.codes.end()), io_->integers(key)) << key;
+  }
+}
+
+// The site whose counts a linear layer takes.
+std::string site_of(const std::string& linear) {
+  if (linear == "o_proj") return "o_in";
+  if (linear == "gate_proj" || linear == "up_proj") return "mlp_in";
+  if (linear == "down_proj") return "down_in";
+  return "attn_in";
+}
+
+TEST_P(W8ASpikeGolden, LayersFromTheirStoredInputs) {
+  const ModelFiles model = ModelFiles::open(golden_root() / GetParam());
+  MemoryAccount memory;
+  Context ctx(memory, 2);
+  ctx.activations = ActivationType::kF32;
+  for (const std::string& key : io_->keys()) {
+    const auto part = split(key, '.');
+    if (part.size() == 4 && part[3] == "x") {
+      const std::string at = part[0] + "." + part[1] + "." + part[2] + ".";
+      const Fired f = fire(ctx, io_->floats(key), io_->shape(key).at(0));
+      EXPECT_EQ(f.wide(), io_->integers(at + "spikes")) << at;
+      expect_thresholds(f, io_->floats(at + "vth"), at + "vth");
+    }
+    if (part.size() != 4 || part[3] != "out") continue;
+    const std::string input = part[0] + "." + part[1] + "." + site_of(part[2]) + ".x";
+    const bool mlp = part[2] == "gate_proj" || part[2] == "up_proj" || part[2] == "down_proj";
+    const std::string name = "model.layers." + part[1].substr(1) + (mlp ? ".mlp." : ".attn.") + part[2];
+    const std::vector<float> x = io_->floats(input), expected = io_->floats(key);
+    const int64_t m = io_->shape(input).at(0);
+    const Fired f = fire(ctx, x, m);
+    const float* bias = model.has(name + ".bias") ? model.get(name + ".bias").as<float>() : nullptr;
+    for (const SpikeArithmetic a : kArithmetics) {
+      const QuantLinear l =
+          quant_linear(ctx, model.get(name + ".weight"), model.get(name + ".weight_quantizer.scales"), bias, a);
+      std::vector<float> y(expected.size());
+      spike_linear(ctx, l.packed.view, {f.counts.data(), f.rows.data(), m, l.packed.view.in}, y.data());
+      for (size_t i = 0; i < y.size(); ++i)
+        EXPECT_NEAR(y[i], expected[i], 2e-4) << spike_arithmetic_name(a) << " " << key << " at " << i;
     }
   }
 }
