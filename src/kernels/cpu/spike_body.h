@@ -219,8 +219,10 @@ struct EventAhead {
   void step() {
     if (next >= limit) return;
     const int8_t* column = columns + static_cast<int64_t>(*next++) * kEventTile;
-    __builtin_prefetch(column);
-    __builtin_prefetch(column + 64);
+    // To the second level: gaps between columns keep the hardware's prefetching out, and the first level
+    // has too few misses in flight to take its place (bench/NOTES-spike.md).
+    __builtin_prefetch(column, 0, 2);
+    __builtin_prefetch(column + 64, 0, 2);
   }
 };
 
