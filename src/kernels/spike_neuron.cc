@@ -1,5 +1,6 @@
 #include "kernels/spike_neuron.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 
@@ -44,6 +45,45 @@ void fire_neurons(Context& ctx, const float* x, int64_t m, int64_t width, float 
     r.m = m;
     r.k = width;
     r.activation_bytes = 8 * m * width;
+  }
+}
+
+void round_to_int8(Context& ctx, float* x, int64_t m, int64_t d, int8_t* codes, float* scales) {
+  if (m < 0 || d <= 0) throw BadInput("round_to_int8: x has shape [{}, {}]; expected rows of 1 or more values", m, d);
+  if (m == 0) return;
+  if (!x) throw BadInput("round_to_int8: x has no data");
+  OpScope scope(ctx, OpKind::kQuantize);
+  std::atomic<int64_t> wrong{-1};
+  constexpr int64_t kRowsPerPiece = 64;  // of one head each: some 10 microseconds
+  ctx.pool.parallel_for((m + kRowsPerPiece - 1) / kRowsPerPiece, [&](int64_t piece, int) {
+    for (int64_t r = piece * kRowsPerPiece; r < m && r < (piece + 1) * kRowsPerPiece; ++r) {
+      float* row = x + r * d;
+      float most = 0;
+      bool finite = true;
+      for (int64_t i = 0; i < d; ++i) {
+        finite = finite && std::isfinite(row[i]);
+        most = std::max(most, std::fabs(row[i]));
+      }
+      if (!finite) {
+        wrong.store(r, std::memory_order_relaxed);
+        continue;
+      }
+      const float step = std::clamp(most / 127.0f, 1e-5f, 1e4f);
+      for (int64_t i = 0; i < d; ++i) {
+        const float code = std::clamp(std::nearbyint(row[i] / step), -128.0f, 127.0f);
+        if (codes) codes[r * d + i] = static_cast<int8_t>(code);
+        row[i] = code * step;
+      }
+      if (scales) scales[r] = step;
+    }
+  });
+  if (const int64_t r = wrong.load(); r >= 0)
+    throw BadInput("round_to_int8: row {} holds a value that is not finite", r);
+  if (scope.on()) {
+    OpRecord& r = scope.record;
+    r.m = m;
+    r.k = d;
+    r.activation_bytes = 8 * m * d;
   }
 }
 

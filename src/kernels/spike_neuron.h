@@ -30,4 +30,9 @@ struct SpikeBatch {
 void fire_neurons(Context& ctx, const float* x, int64_t m, int64_t width, float k, int32_t* counts, SpikeRow* rows,
                   int64_t x_stride = 0);
 
+// Every row x [m, d] to the nearest of 255 steps, in place: scale = max|x| / 127 held within [1e-5, 1e4],
+// code = round_half_even(x / scale) held within [-128, 127], x = code * scale. codes [m, d] and scales [m] may
+// be null. Throws BadInput for a value that is not finite.
+void round_to_int8(Context& ctx, float* x, int64_t m, int64_t d, int8_t* codes = nullptr, float* scales = nullptr);
+
 }  // namespace lacuna

@@ -31,9 +31,7 @@ void AttentionBlock::forward(Context& ctx, const LayerCall& call, const Attentio
   float* v = ctx.activation(ActivationSlot::kValue, static_cast<size_t>(m * ks));      // [M, G, d]
   float* mixed = ctx.activation(ActivationSlot::kMixed, static_cast<size_t>(m * qs));  // [M, H, d]
 
-  linear(ctx, w.q, normed, m, q);
-  linear(ctx, w.k, normed, m, k);
-  linear(ctx, w.v, normed, m, v);
+  project(ctx, call, SpikeSite::kAttnIn, w.spikes.of(SpikeSite::kAttnIn), normed, {{&w.q, q}, {&w.k, k}, {&w.v, v}});
   if (w.q_norm) {
     rms_norm(ctx, q, m * l.query_heads, d, w.q_norm, w.norm_eps, q);
     rms_norm(ctx, k, m * l.kv_heads, d, w.k_norm, w.norm_eps, k);
@@ -46,6 +44,7 @@ void AttentionBlock::forward(Context& ctx, const LayerCall& call, const Attentio
     std::memcpy(q_raw, q, static_cast<size_t>(m * qs) * sizeof(float));
   }
   rotate(ctx, call, l, q, k);
+  if (w.spikes.query_k > 0) code_attention(ctx, call, w.spikes.query_k, q, l.query_heads, k, v, l.kv_heads, d);
 
   sequences_.resize(call.rows.size());
   for (size_t i = 0; i < call.rows.size(); ++i) {
@@ -70,7 +69,8 @@ void AttentionBlock::forward(Context& ctx, const LayerCall& call, const Attentio
     const int64_t window = visible_keys(w, call, r);
     if (window > 0) r.state->kv.drop_before(call.layer, r.first_position + r.tokens - window + 1);
   }
-  linear(ctx, l.output, mixed, m, out, mode);
+  const Projection output = w.output ? w.output : Projection(l.output);
+  project(ctx, call, SpikeSite::kOIn, w.spikes.of(SpikeSite::kOIn), mixed, {{&output, out}}, mode);
 }
 
 void AttentionBlock::attend(Context& ctx, const LayerCall& call, const AttentionWeights& w) {

@@ -4,17 +4,20 @@
 #include <vector>
 
 #include "models/model.h"
+#include "models/projection.h"
 #include "models/rope_table.h"
 
 namespace lacuna {
 
 // One softmax-attention layer's parameters.
 struct AttentionWeights {
-  LinearWeight q, k, v;           // [H*d, D], [G*d, D], [G*d, D]
+  Projection q, k, v;             // [H*d, D], [G*d, D], [G*d, D]
   const float* q_norm = nullptr;  // [d], over each head; both or neither
   const float* k_norm = nullptr;
   float norm_eps = 0;
-  AttentionLayer layer;      // heads, window, scale, o_proj
+  AttentionLayer layer;  // heads, window, scale, o_proj
+  Projection output;     // o_proj of spike counts; none: layer.output
+  LayerSpikes spikes;
   int64_t start_window = 0;  // window in a call that starts a sequence; 0 = layer.window
 };
 

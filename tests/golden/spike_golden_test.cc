@@ -16,6 +16,7 @@
 #include "formats/config_file.h"
 #include "formats/safetensors.h"
 #include "kernels/spike_linear.h"
+#include "models/forward.h"
 #include "spike/time_code.h"
 
 namespace lacuna {
@@ -354,6 +355,197 @@ TEST_P(W8ASpikeGolden, LayersFromTheirStoredInputs) {
   }
 }
 
+// ---- W8ASpike, whole -----------------------------------------------------------------------------
+
+// Counts, thresholds and tensors of every layer by the goldens' names, rows one after the other.
+class Recorder : public LayerObserver {
+ public:
+  bool wants_tensors() const override { return true; }
+  bool wants_spikes() const override { return true; }
+  void on_tensor(const TensorTap& tap) override {
+    auto& rows = tensors["L" + std::to_string(tap.layer) + "." + tap.name];
+    rows.insert(rows.end(), tap.data, tap.data + tap.tokens * tap.width);
+  }
+  void on_spikes(const SpikeTap& tap) override {
+    const std::string at = "L" + std::to_string(tap.layer) + "." + std::string(spike_site_name(tap.site));
+    spikes[at].insert(spikes[at].end(), tap.counts.counts, tap.counts.counts + tap.counts.m * tap.counts.k);
+    for (int64_t r = 0; r < tap.counts.m; ++r) thresholds[at].push_back(tap.counts.rows[r].threshold);
+  }
+  std::map<std::string, std::vector<float>> tensors, thresholds;
+  std::map<std::string, std::vector<int64_t>> spikes;
+};
+
+struct WholeRun {
+  std::vector<float> logits;
+  Recorder seen;
+};
+
+class W8ASpikeWhole : public W8ASpikeGolden {
+ protected:
+  WholeRun run(SpikeUse use, SpikeMode mode, WindowRule window, int64_t prefilled, int64_t chunk,
+               int threads = 2) const {
+    MemoryAccount memory;
+    Context ctx(memory, threads);
+    ctx.activations = ActivationType::kF32;
+    LoadOptions options;
+    options.spikes = {use, mode, std::nullopt};
+    options.window = window;
+    const auto model = load_model(ctx, golden_root() / GetParam(), options);
+    const std::vector<int32_t> ids = io_->counts("ids");
+    const auto vocab = static_cast<size_t>(model->info().vocab);
+    WholeRun r;
+    r.logits.resize(ids.size() * vocab);
+    SequenceState state = model->new_state(memory, {});
+    prefill(ctx, *model, state, std::span(ids).first(static_cast<size_t>(prefilled)), &r.seen, {.chunk = chunk},
+            nullptr, r.logits.data());
+    SequenceState* states[] = {&state};
+    LayerObserver* observers[] = {&r.seen};
+    for (size_t t = static_cast<size_t>(prefilled); t < ids.size(); ++t)
+      decode_step(ctx, *model, states, {&ids[t], 1}, r.logits.data() + t * vocab, observers);
+    for (int l = 0; l < model->info().layers; ++l)
+      if (state.recurrent.has(l))
+        r.seen.tensors["L" + std::to_string(l) + ".state"].assign(state.recurrent.at(l),
+                                                                  state.recurrent.at(l) + state.recurrent.elements(l));
+    return r;
+  }
+
+  int64_t tokens() const { return io_->shape("ids").at(0); }
+
+  void expect_close(const std::vector<float>& found, const std::string& name, const std::string& what) const {
+    const std::vector<float> expected = io_->floats(name);
+    ASSERT_EQ(found.size(), expected.size()) << what << " " << name;
+    double most = 0, worst = 0;
+    for (size_t i = 0; i < found.size(); ++i) {
+      most = std::max(most, std::fabs(static_cast<double>(expected[i])));
+      const double d = std::fabs(static_cast<double>(found[i]) - expected[i]);
+      worst = d <= worst ? worst : d;
+    }
+    EXPECT_LE(worst, name.ends_with(".state") ? 1e-4 * most : 2e-4) << what << " " << name;
+  }
+
+  // Everything stored of one whole run under `prefix`.
+  void expect_layers(const WholeRun& r, const std::string& prefix, const std::string& what) const {
+    for (const std::string& key : io_->keys()) {
+      if (!key.starts_with(prefix + ".L")) continue;
+      const auto part = split(key, '.');
+      const std::string layer = part[1] + ".";
+      if (part.size() == 3 && part[2] == "attn_o") {
+        const bool linear = r.seen.tensors.count(layer + "o_norm") > 0;
+        expect_close(r.seen.tensors.at(layer + (linear ? "o_norm" : "o")), key, what);
+      } else if (part.size() == 3 && (part[2] == "resid_mid" || part[2] == "resid_out" || part[2] == "state")) {
+        expect_close(r.seen.tensors.at(layer + part[2]), key, what);
+      } else if (part.size() == 3 && part[2] == "q_spikes") {
+        EXPECT_EQ(r.seen.spikes.at(layer + "query"), io_->integers(key)) << what << " " << key;
+      } else if (part.size() == 3 && part[2] == "q_vth") {
+        expect_thresholds_near(r.seen.thresholds.at(layer + "query"), key);
+      } else if (part.size() == 3 && (part[2] == "k_codes" || part[2] == "v_codes")) {
+        expect_codes(r.seen.tensors.at(layer + part[2].substr(0, 1)), prefix + "." + layer + part[2].substr(0, 1),
+                     what);
+      } else if (part.size() == 4 && part[3] == "spikes") {
+        EXPECT_EQ(r.seen.spikes.at(layer + part[2]), io_->integers(key)) << what << " " << key;
+      } else if (part.size() == 4 && part[3] == "vth") {
+        expect_thresholds_near(r.seen.thresholds.at(layer + part[2]), key);
+      }
+    }
+  }
+
+  void expect_thresholds_near(const std::vector<float>& found, const std::string& name) const {
+    const std::vector<float> expected = io_->floats(name);
+    ASSERT_EQ(found.size(), expected.size()) << name;
+    // The whole way down rounds a little apart.
+    for (size_t i = 0; i < found.size(); ++i)
+      EXPECT_NEAR(found[i], expected[i], 1e-5 * expected[i]) << name << " at " << i;
+  }
+
+  // Keys or values as attention sees them are codes times their head's scale.
+  void expect_codes(const std::vector<float>& found, const std::string& at, const std::string& what) const {
+    const std::vector<int64_t> codes = io_->integers(at + "_codes");
+    const std::vector<float> scales = io_->floats(at + "_scale");
+    ASSERT_EQ(found.size(), codes.size()) << at;
+    const size_t d = codes.size() / scales.size();
+    for (size_t i = 0; i < codes.size(); ++i) {
+      const double code = found[i] / static_cast<double>(scales[i / d]);
+      ASSERT_NEAR(code, static_cast<double>(codes[i]), 2e-3) << what << " " << at << " at " << i;
+    }
+  }
+};
+
+constexpr SpikeUse kUses[] = {SpikeUse::kFake, SpikeUse::kInteger, SpikeUse::kEvent};
+
+TEST_P(W8ASpikeWhole, EveryKeyIsKnown) {
+  const std::set<std::string> alone = {"ids",    "ref.logits", "paper.logits", "ref.mixed.logits", "ref.w.logits",
+                                       "ql.x",   "ql.weight",  "ql.scales",    "ql.bias",          "ql.spikes",
+                                       "ql.vth", "ql.codes",   "ql.y"};
+  const std::set<std::string> of_layer = {"resid_mid", "resid_out", "attn_o",  "state",   "q_spikes",
+                                          "q_vth",     "k_codes",   "v_codes", "k_scale", "v_scale"};
+  const std::set<std::string> sites = {"attn_in", "o_in", "mlp_in", "down_in"}, of_site = {"x", "spikes", "vth"};
+  const std::set<std::string> linears = {"q_proj", "k_proj",    "v_proj",  "gk_proj",
+                                         "o_proj", "gate_proj", "up_proj", "down_proj"};
+  for (const std::string& key : io_->keys()) {
+    const auto part = split(key, '.');
+    bool known = alone.count(key) > 0 || part[0] == "enc" || part[0] == "codes";
+    if ((part[0] == "ref" || part[0] == "paper") && part.size() > 2 && part[1].starts_with("L"))
+      known = (part.size() == 3 && of_layer.count(part[2])) ||
+              (part.size() == 4 &&
+               ((sites.count(part[2]) && of_site.count(part[3])) || (linears.count(part[2]) && part[3] == "out")));
+    EXPECT_TRUE(known) << "io.safetensors holds \"" << key << "\", which no test here reads";
+  }
+}
+
+TEST_P(W8ASpikeWhole, ReferencePrefill) {
+  for (const SpikeUse use : kUses)
+    for (const int64_t chunk : {int64_t{512}, int64_t{5}, int64_t{1}}) {
+      const WholeRun r = run(use, SpikeMode::kReference, WindowRule::kOfficial, tokens(), chunk);
+      const std::string what = "use " + std::to_string(static_cast<int>(use)) + ", chunk " + std::to_string(chunk);
+      expect_close(r.logits, "ref.logits", what);
+      expect_layers(r, "ref", what);
+      EXPECT_EQ(r.seen.spikes.count("L0.down_in"), 0u) << "down_proj takes no spikes in reference mode";
+    }
+}
+
+// Without options it is the published code's way.
+TEST_P(W8ASpikeWhole, DefaultsAreTheReference) {
+  const WholeRun r = run(SpikeUse::kAuto, SpikeMode::kConfig, WindowRule::kConfig, tokens(), 512);
+  expect_close(r.logits, "ref.logits", "defaults");
+  EXPECT_EQ(r.logits, run(SpikeUse::kInteger, SpikeMode::kReference, WindowRule::kOfficial, tokens(), 512).logits);
+}
+
+TEST_P(W8ASpikeWhole, PaperPrefill) {
+  for (const SpikeUse use : kUses) {
+    const WholeRun r = run(use, SpikeMode::kPaper, WindowRule::kOfficial, tokens(), 7);
+    expect_close(r.logits, "paper.logits", "paper");
+    expect_layers(r, "paper", "paper");
+  }
+}
+
+TEST_P(W8ASpikeWhole, ExactWindow) {
+  for (const SpikeUse use : kUses)
+    for (const int64_t prefilled : {tokens(), int64_t{3}})
+      expect_close(run(use, SpikeMode::kReference, WindowRule::kExact, prefilled, 512).logits, "ref.w.logits",
+                   "exact window");
+}
+
+// The official prefill of some tokens, the rest one by one: how many is where the rows part from the whole prefill.
+TEST_P(W8ASpikeWhole, PrefillThenDecode) {
+  const std::vector<float> mixed = io_->floats("ref.mixed.logits"), whole = io_->floats("ref.logits");
+  const size_t vocab = mixed.size() / static_cast<size_t>(tokens());
+  int64_t prefilled = tokens();
+  for (size_t i = mixed.size(); i-- > 0;)
+    if (std::fabs(mixed[i] - whole[i]) > 2e-4) prefilled = static_cast<int64_t>(i / vocab);
+  prefilled = std::max<int64_t>(1, prefilled);
+  for (const SpikeUse use : kUses)
+    expect_close(run(use, SpikeMode::kReference, WindowRule::kOfficial, prefilled, 512).logits, "ref.mixed.logits",
+                 "prefill of " + std::to_string(prefilled));
+}
+
+TEST_P(W8ASpikeWhole, EventAndIntegerAreTheSameBits) {
+  for (const SpikeMode mode : {SpikeMode::kReference, SpikeMode::kPaper}) {
+    const WholeRun one = run(SpikeUse::kInteger, mode, WindowRule::kOfficial, tokens() / 2, 512, 1);
+    EXPECT_EQ(one.logits, run(SpikeUse::kEvent, mode, WindowRule::kOfficial, tokens() / 2, 512, 1).logits);
+    EXPECT_EQ(one.logits, run(SpikeUse::kEvent, mode, WindowRule::kOfficial, tokens() / 2, 512, 3).logits);
+  }
+}
+
 // Models whose linear layers carry the official quantiser's scales.
 std::vector<std::string> w8aspike_cases() {
   std::vector<std::string> cases;
@@ -380,6 +572,14 @@ INSTANTIATE_TEST_SUITE_P(Cases, W8ASpikeGolden, testing::ValuesIn(w8aspike_cases
   return name;
 });
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(W8ASpikeGolden);
+
+INSTANTIATE_TEST_SUITE_P(Cases, W8ASpikeWhole, testing::ValuesIn(w8aspike_cases()), [](const auto& info) {
+  std::string name = info.param;
+  for (char& c : name)
+    if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
+  return name;
+});
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(W8ASpikeWhole);
 
 }  // namespace
 }  // namespace lacuna
