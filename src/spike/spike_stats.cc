@@ -22,8 +22,11 @@ void SpikeStats::add(const SpikeBatch& x, int64_t fan_out) {
     s.above_16 += magnitude > 16;
     s.low_spikes += std::popcount(magnitude & 7u);
     s.beyond_slots += magnitude >> kSlots != 0;
-    for (int w = 0; w < kWindows; ++w)
-      ++s.windows[static_cast<size_t>(std::popcount(magnitude >> (w * kWindowSteps) & 7u))];
+    for (int w = 0; w < kWindows; ++w) {
+      // Counts of more than nine digits have no tenth slot of their own: their topmost window is not silent.
+      const uint32_t window = magnitude >> (w * kWindowSteps) & (w + 1 < kWindows ? 7u : ~0u);
+      ++s.windows[static_cast<size_t>(std::min(std::popcount(window), kWindowSteps))];
+    }
   }
   s.dense_macs = s.inputs * fan_out;
   s.synaptic_ops = s.spikes * fan_out;

@@ -20,9 +20,9 @@ struct SpikeStats {
   int64_t within_7 = 0;                             // |s| <= 7: what three steps can hold
   int64_t above_16 = 0;                             // |s| > 16
   int64_t low_spikes = 0;                           // ones in the lowest three digits: spikes of a code cut to T = 3
-  int64_t beyond_slots = 0;                         // |s| >= 2^9, whose higher digits no window holds
+  int64_t beyond_slots = 0;                         // |s| >= 2^9, whose higher digits count in the topmost window
   int32_t most = 0;                                 // max |s|
-  std::array<int64_t, kWindowSteps + 1> windows{};  // by spikes in the window
+  std::array<int64_t, kWindowSteps + 1> windows{};  // by spikes in the window, the last: 3 or more
   // Products of the layers that these inputs feed: dense multiply-accumulates, and additions if every
   // spike is one.
   int64_t dense_macs = 0;

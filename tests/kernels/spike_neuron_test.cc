@@ -138,5 +138,30 @@ TEST(SpikeNeuron, Refusals) {
   EXPECT_THROW(fire({1, 2}, 1, inf), BadInput);
 }
 
+TEST(RoundToInt8, StepsOfTheLargestValueOfARow) {
+  MemoryAccount memory;
+  Context ctx(memory, 2);
+  // Steps of 1 (amax 127), of 1e-5 (held there), of 1e4 (held there), and of none.
+  std::vector<float> x = {127, 0.5f, -1.5f, 2.5f, 3e-5f, -1.4e-5f, 0, 1e-6f, 2e6f, -2e6f, 1e4f, 0, 0, 0, 0, 0};
+  std::vector<int8_t> codes(16);
+  std::vector<float> scales(4);
+  round_to_int8(ctx, x.data(), 4, 4, codes.data(), scales.data());
+  EXPECT_EQ(scales, (std::vector<float>{1, 1e-5f, 1e4f, 1e-5f}));
+  EXPECT_EQ(codes, (std::vector<int8_t>{127, 0, -2, 2, 3, -1, 0, 0, 127, -128, 1, 0, 0, 0, 0, 0}));
+  for (size_t i = 0; i < 16; ++i) EXPECT_EQ(x[i], static_cast<float>(codes[i]) * scales[i / 4]);
+
+  std::vector<float> many = gaussian(300 * 65, 3, 5), same = many;
+  round_to_int8(ctx, many.data(), 300, 65);
+  Context one(memory, 1);
+  round_to_int8(one, same.data(), 300, 65);
+  EXPECT_EQ(many, same);
+  std::vector<float> again = many;
+  round_to_int8(ctx, again.data(), 300, 65);
+  for (size_t i = 0; i < again.size(); ++i)
+    EXPECT_NEAR(again[i], many[i], 1e-6 * std::fabs(many[i])) << "rounded values stay";
+  many[65] = std::numeric_limits<float>::infinity();
+  EXPECT_THROW(round_to_int8(ctx, many.data(), 300, 65), BadInput);
+}
+
 }  // namespace
 }  // namespace lacuna

@@ -107,7 +107,7 @@ TEST(SpikeStats, SumsAndLimits) {
   EXPECT_EQ(s.above_16, 2);
   EXPECT_EQ(s.beyond_slots, 1);
   EXPECT_EQ(s.low_spikes, 3 + 0 + 1 + 0);
-  EXPECT_EQ(s.windows, (std::array<int64_t, 4>{14, 3, 0, 1}));
+  EXPECT_EQ(s.windows, (std::array<int64_t, 4>{13, 4, 0, 1}));
   EXPECT_EQ(s.steps(), 10);
   SpikeStats twice = s;
   twice += s;
