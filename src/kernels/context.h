@@ -24,6 +24,7 @@ enum class ActivationSlot : uint8_t {
   kExpertIn, kExpertOut,  // rows of one expert's tokens
   kSinkMixed, kLse,       // attention's share from sinks, and logarithms of both shares' denominators
   kBranch, kDecay,        // one branch of a parallel layer; log decays
+  kSpikeCounts, kSpikeRows, kSpikeValues,
   kCount
 };
 

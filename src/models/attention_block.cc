@@ -24,18 +24,16 @@ void LayerCall::show(const char* name, const float* data, int64_t width) const {
       observers[i]->on_tensor({name, layer, first_token, rows[i].tokens, width, data + rows[i].first_row * width});
 }
 
-AttentionBlock::Projected AttentionBlock::project(Context& ctx, const AttentionWeights& w, int64_t m,
-                                                  const float* normed) {
+AttentionBlock::Projected AttentionBlock::project_inputs(Context& ctx, const LayerCall& call, const AttentionWeights& w,
+                                                         const float* normed) {
   const AttentionLayer& l = w.layer;
-  const int64_t d = l.head_dim, qs = l.query_heads * d, ks = l.kv_heads * d;
+  const int64_t m = call.row_count, d = l.head_dim, qs = l.query_heads * d, ks = l.kv_heads * d;
   float* q = ctx.activation(ActivationSlot::kQuery, static_cast<size_t>(m * qs));
   float* k = ctx.activation(ActivationSlot::kKey, static_cast<size_t>(m * ks));
   float* v = ctx.activation(ActivationSlot::kValue, static_cast<size_t>(m * ks));
   float* mixed = ctx.activation(ActivationSlot::kMixed, static_cast<size_t>(m * qs));
 
-  linear(ctx, w.q, normed, m, q);
-  linear(ctx, w.k, normed, m, k);
-  linear(ctx, w.v, normed, m, v);
+  project(ctx, call, SpikeSite::kAttnIn, w.spikes.of(SpikeSite::kAttnIn), normed, {{&w.q, q}, {&w.k, k}, {&w.v, v}});
   if (w.q_norm) {
     rms_norm(ctx, q, m * l.query_heads, d, w.q_norm, w.norm_eps, q);
     rms_norm(ctx, k, m * l.kv_heads, d, w.k_norm, w.norm_eps, k);
@@ -43,18 +41,19 @@ AttentionBlock::Projected AttentionBlock::project(Context& ctx, const AttentionW
   return {q, k, v, mixed};
 }
 
-void AttentionBlock::output(Context& ctx, const AttentionWeights& w, int64_t m, float* mixed, float* out,
-                            LinearMode mode) {
+void AttentionBlock::project_output(Context& ctx, const LayerCall& call, const AttentionWeights& w, float* mixed,
+                                    float* out, LinearMode mode) {
   if (w.mixed_norm)
-    rms_norm(ctx, mixed, m * w.layer.query_heads, w.layer.head_dim, w.mixed_norm, w.norm_eps, mixed);
-  linear(ctx, w.layer.output, mixed, m, out, mode);
+    rms_norm(ctx, mixed, call.row_count * w.layer.query_heads, w.layer.head_dim, w.mixed_norm, w.norm_eps, mixed);
+  const Projection output = w.output ? w.output : Projection(w.layer.output);
+  project(ctx, call, SpikeSite::kOIn, w.spikes.of(SpikeSite::kOIn), mixed, {{&output, out}}, mode);
 }
 
 void AttentionBlock::forward(Context& ctx, const LayerCall& call, const AttentionWeights& w, const float* normed,
                              float* out, LinearMode mode) {
   const AttentionLayer& l = w.layer;
   const int64_t m = call.row_count, d = l.head_dim, qs = l.query_heads * d, ks = l.kv_heads * d;
-  const auto [q, k, v, mixed] = project(ctx, w, m, normed);
+  const auto [q, k, v, mixed] = project_inputs(ctx, call, w, normed);
   bool raw = false;
   for (const LayerObserver* o : call.observers) raw = raw || (o && o->wants_raw_queries());
   float* q_raw = nullptr;
@@ -63,6 +62,7 @@ void AttentionBlock::forward(Context& ctx, const LayerCall& call, const Attentio
     std::memcpy(q_raw, q, static_cast<size_t>(m * qs) * sizeof(float));
   }
   if (w.rotary) rotate(ctx, call, l, q, k);
+  if (w.spikes.query_k > 0) code_attention(ctx, call, w.spikes.query_k, q, l.query_heads, k, v, l.kv_heads, d);
 
   float* lse = w.sinks ? ctx.activation(ActivationSlot::kLse, static_cast<size_t>(2 * m * l.query_heads)) : nullptr;
   sequences_.resize(call.rows.size());
@@ -89,7 +89,7 @@ void AttentionBlock::forward(Context& ctx, const LayerCall& call, const Attentio
     const int64_t window = visible_keys(w, call, r);
     if (window > 0) r.state->kv.drop_before(call.layer, r.first_position + r.tokens - window + 1);
   }
-  output(ctx, w, m, mixed, out, mode);
+  project_output(ctx, call, w, mixed, out, mode);
 }
 
 void AttentionBlock::add_sinks(Context& ctx, const LayerCall& call, const AttentionWeights& w, const Projected& p) {
@@ -112,7 +112,8 @@ void AttentionBlock::forward_sinks(Context& ctx, const AttentionWeights& w, Sink
                                    std::span<const float> positions, const float* normed, float* out) {
   const AttentionLayer& l = w.layer;
   const int64_t m = sinks.layout.page_slots, half = l.head_dim / 2;
-  const Projected p = project(ctx, w, m, normed);
+  const LayerCall call{.row_count = m, .call_tokens = m};
+  const Projected p = project_inputs(ctx, call, w, normed);
   if (w.rotary) {
     LACUNA_CHECK(static_cast<int64_t>(positions.size()) == m);
     float* cos = ctx.activation(ActivationSlot::kCos, static_cast<size_t>(m * half));
@@ -130,7 +131,7 @@ void AttentionBlock::forward_sinks(Context& ctx, const AttentionWeights& w, Sink
   for (KvHeadView& head : sinks.heads) head.length = m;
   const AttentionSequence sequence{p.q, p.mixed, m, 0, sinks.heads.data()};
   attention(ctx, sinks.layout, {l.query_heads, l.kv_heads, l.scale, 0, 0, 0, false}, {&sequence, 1});
-  output(ctx, w, m, p.mixed, out, LinearMode::kStore);
+  project_output(ctx, call, w, p.mixed, out, LinearMode::kStore);
 }
 
 void AttentionBlock::attend(Context& ctx, const LayerCall& call, const AttentionWeights& w) {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "models/model.h"
+#include "models/projection.h"
 #include "models/rope_table.h"
 
 namespace lacuna {
@@ -18,11 +19,13 @@ struct SinkKeys {
 
 // One softmax-attention layer's parameters.
 struct AttentionWeights {
-  LinearWeight q, k, v;           // [H*d, D], [G*d, D], [G*d, D]
+  Projection q, k, v;             // [H*d, D], [G*d, D], [G*d, D]
   const float* q_norm = nullptr;  // [d], over each head; both or neither
   const float* k_norm = nullptr;
   float norm_eps = 0;
-  AttentionLayer layer;      // heads, window, scale, o_proj
+  AttentionLayer layer;  // heads, window, scale, o_proj
+  Projection output;     // o_proj of spike counts; none: layer.output
+  LayerSpikes spikes;
   int64_t start_window = 0;  // window in a call that starts a sequence; 0 = layer.window
   bool rotary = true;              // rotary embedding of q and k
   const SinkKeys* sinks = nullptr;
@@ -69,8 +72,9 @@ class AttentionBlock {
   struct Projected {
     float *q, *k, *v, *mixed;  // [M, H, d], [M, G, d], [M, G, d], [M, H, d]
   };
-  Projected project(Context& ctx, const AttentionWeights& w, int64_t m, const float* normed);
-  void output(Context& ctx, const AttentionWeights& w, int64_t m, float* mixed, float* out, LinearMode mode);
+  Projected project_inputs(Context& ctx, const LayerCall& call, const AttentionWeights& w, const float* normed);
+  void project_output(Context& ctx, const LayerCall& call, const AttentionWeights& w, float* mixed, float* out,
+                      LinearMode mode);
   void add_sinks(Context& ctx, const LayerCall& call, const AttentionWeights& w, const Projected& p);
   void rotate(Context& ctx, const LayerCall& call, const AttentionLayer& l, float* q, float* k);
   void attend(Context& ctx, const LayerCall& call, const AttentionWeights& w);
