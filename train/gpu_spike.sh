@@ -5,6 +5,7 @@
 #   WINDOW [512]  FULL_ATTENTION [none, e.g. 7]  DISTILL [0]  TOKENS [50e6]  GATE_BIAS [spread]  NORM_INIT [match]
 #   SPIKE_FROM [1: never]  MODE [paper]  MUON_LR ADAM_LR [the recipe's]  SEED [1]
 #   PARENT [models/base]  EVAL_SECONDS [35: kept for calibration and evaluation]  COUNT [16]  LENGTHS [512 1024 4096 8192 16384]
+#   BITS_TOKENS [262144: of bits per byte, a length]  SAMPLES [128: of calibration]
 #   PYTHON [python3]  WORKERS [cores - 3]  EXTRA [none: further options of train]
 # Starts with a check: numbers against the CPU, then speed, memory and loss of a step of every length.
 set -euo pipefail
@@ -34,10 +35,11 @@ lacuna export --source "$run/checkpoint.pt" --tokenizer "$data/tokenizer" --out 
 
 # The dense child and its parent side by side with the calibration; the spiking child after it.
 measure() { lacuna evaluate --data "$data" --count "${COUNT:-16}" --lengths ${LENGTHS:-512 1024 4096 8192 16384} \
-  --bits-tokens 262144 --workers 5 --seconds "$(($(left) > 12 ? $(left) - 5 : 7))" "$@"; }
+  --bits-tokens "${BITS_TOKENS:-262144}" --workers 5 --seconds "$(($(left) > 12 ? $(left) - 5 : 7))" "$@"; }
 measure --model "$parent" --out "$out/parent.json" >"$out/parent.txt" 2>&1 & first=$!
 measure --model "$out/model" --out "$out/child.json" >"$out/child.txt" 2>&1 & second=$!
-lacuna calibrate --model "$out/model" --data "$data" --out "$out/model" --mode "${MODE:-paper}" 2>&1 | tee "$out/calibrate.txt"
+lacuna calibrate --model "$out/model" --data "$data" --out "$out/model" --mode "${MODE:-paper}" \
+  --samples "${SAMPLES:-128}" --bits-tokens "${BITS_TOKENS:-262144}" 2>&1 | tee "$out/calibrate.txt"
 mv "$out/model/spike-calibration.json" "$out/"
 measure --model "$out/model" --out "$out/spiking.json" --spikes config 3 >"$out/spiking.txt" 2>&1 & third=$!
 failed=0
