@@ -4,7 +4,8 @@
 # Variants, by environment variables (defaults in brackets):
 #   WINDOW [512]  FULL_ATTENTION [none, e.g. 7]  DISTILL [0]  TOKENS [50e6]  GATE_BIAS [spread]  NORM_INIT [match]
 #   SPIKE_FROM [1: never]  MODE [paper]  MUON_LR ADAM_LR [the recipe's]  SEED [1]
-#   PARENT [models/base]  EVAL_SECONDS [45: kept for calibration and evaluation]  COUNT [16]  LENGTHS [512 1024 4096 8192 16384]  FAR_LENGTH [4096: needles inside and beyond the window]
+#   PARENT [models/base]  EVAL_SECONDS [45: kept for calibration and evaluation]  COUNT [16]
+#   LENGTHS [512 1024 4096 8192 16384]  FAR_LENGTH [4096: of the look at needles inside and beyond the window]
 #   BITS_TOKENS [262144: of bits per byte, a length]  SAMPLES [128: of calibration]
 #   PYTHON [python3]  WORKERS [cores - 3]  EXTRA [none: further options of train]
 # Starts with a check: numbers against the CPU, then speed, memory and loss of a step of every length.
@@ -43,9 +44,10 @@ lacuna calibrate --model "$out/model" --data "$data" --out "$out/model" --mode "
 mv "$out/model/spike-calibration.json" "$out/"
 measure --model "$out/model" --out "$out/spiking.json" --spikes config 3 >"$out/spiking.txt" 2>&1 & third=$!
 # Needles inside the window and beyond it.
-window=${WINDOW:-512}
-measure --model "$out/model" --lengths "${FAR_LENGTH:-4096}" --no-bits --distance 0 $((window * 3 / 4)) --out "$out/inside.json" >"$out/inside.txt" 2>&1 & fourth=$!
-measure --model "$out/model" --lengths "${FAR_LENGTH:-4096}" --no-bits --distance $((window * 5 / 4)) "${FAR_LENGTH:-4096}" --out "$out/beyond.json" >"$out/beyond.txt" 2>&1 & fifth=$!
+window=${WINDOW:-512} far=${FAR_LENGTH:-4096}
+needles() { measure --model "$out/model" --lengths "$far" --no-bits --out "$out/$1.json" --distance "$2" "$3" >"$out/$1.txt" 2>&1; }
+needles inside 0 $((window * 3 / 4)) & fourth=$!
+needles beyond $((window * 5 / 4)) "$far" & fifth=$!
 failed=0
 for job in $first $second $third $fourth $fifth; do wait "$job" || failed=1; done
 for name in parent child spiking inside beyond; do echo "== $name"; cat "$out/$name.txt"; done
