@@ -129,6 +129,8 @@ def main():
     p.add_argument("--seconds", type=float, default=1e9, help="stop, with what there is, after so many seconds")
     p.add_argument("--workers", type=int, default=cpus)
     p.add_argument("--seed", type=int, default=1234)
+    p.add_argument("--distance", type=int, nargs=2, metavar=("LOW", "HIGH"),
+                   help="needles so many tokens before the prompt's end, e.g. inside or beyond a window; tasks without are left out")
     p.add_argument("--spikes", nargs="+", default=["off"], metavar="CODING",
                    help="off, config (the folder's spike_coding), or k of all sites; several are compared on the same prompts")
     p.add_argument("--bits-tokens", type=int, default=1 << 20, help="bits per byte over so many tokens a length")

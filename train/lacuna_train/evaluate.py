@@ -28,10 +28,25 @@ def _start(spec, data):
 
 
 def _make(job):
-    task, length, split, seed, index = job
+    task, length, split, seed, index, distance = job
     # Tasks get streams of their own, so that adding one changes no other's prompts.
-    example = _maker.make(task, np.random.default_rng([seed, length, index, *task.encode()]), length, split=split)
+    rng = np.random.default_rng([seed, length, index, *task.encode()])
+    depths = depths_at(distance, length, needles_of(_maker.tasks[task]), rng) if distance else None
+    example = _maker.make(task, rng, length, split=split, depths=depths)
     return example.prompt().astype(np.int64), example.questions[0].references
+
+
+def needles_of(spec):
+    """How many needles a task hides, 0 if they fill the context or there are none."""
+    if spec["wording"] == "passkey":
+        return 1
+    return spec["keys"] * spec["values"] if "keys" in spec and spec["keys"] != "fill" else 0
+
+
+def depths_at(distance, length, count, rng):
+    """Depths of `count` needles between distance[0] and distance[1] tokens before the end of a prompt."""
+    low, high = (min(d, length) / length for d in distance)
+    return np.clip(1.0 - rng.uniform(low, high, count), 0.0, 1.0 - 1e-6)
 
 
 def score(text, references):
@@ -67,11 +82,15 @@ def evaluate(args):
         raise ValueError("gla_swa keeps no cache of the prompt to evict from: --policy full is all there is")
     k_of = {coding: coded_k(coding, model.config, args.model) for coding in args.spikes}
     spec = json.loads(Path(args.prompts).read_text(encoding="utf-8"))["tasks"]
-    tasks = args.tasks or list(spec)
+    tasks = args.tasks or [t for t in spec if not args.distance or needles_of(spec[t])]
+    placeless = [t for t in tasks if args.distance and not needles_of(spec[t])]
+    if placeless:
+        raise ValueError(f"--distance places needles, and {', '.join(placeless)} has none to place")
     maker = TaskMaker(args.prompts, Path(args.data) / "tokenizer", Books(Path(args.data) / "eval"))
     newline = maker.encode("\n")[0]
     policies = [(p, s) for p in args.policy for s in ([1.0] if p == "full" else args.share)]
-    results = {"model": str(args.model), "split": args.split, "count": args.count, "seed": args.seed, "cells": []}
+    results = {"model": str(args.model), "split": args.split, "count": args.count, "seed": args.seed,
+               "distance": args.distance, "cells": []}
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     generator = (HybridGenerator if hybrid else Generator)(model, device)
@@ -79,8 +98,8 @@ def evaluate(args):
     # fork would copy a process that already runs a GPU context
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), initializer=_start,
                              initargs=(args.prompts, args.data)) as pool:
-        waiting = [(t, n, pool.map(_make, [(t, n, args.split, args.seed, i) for i in range(args.count)], chunksize=4))
-                   for t, n in jobs]
+        each = lambda t, n: [(t, n, args.split, args.seed, i, args.distance) for i in range(args.count)]
+        waiting = [(t, n, pool.map(_make, each(t, n), chunksize=4)) for t, n in jobs]
         for task, length, made in waiting:
             if time.monotonic() - begun > args.seconds:
                 results["stopped"] = "the time given was over"

@@ -138,6 +138,7 @@ def load_model(source, compute, device, compiled=False):
     config, tensors = read_source(source)
     model = make_model(config, compute, compiled)
     model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items()})
+    model.rounding = None  # nothing here is trained
     return model.to(device).eval()
 
 

@@ -43,7 +43,9 @@ def round_rows(weight):
 
 
 def used(weight, rounding, dtype):
-    """`weight` in the precision of the matrix product; `rounding` is a 0/1 scalar tensor."""
+    """`weight` in the precision of the matrix product; `rounding` is a 0/1 scalar tensor, or None: as it is."""
+    if rounding is None:
+        return weight.to(dtype)
     return (weight + rounding * (round_rows(weight) - weight).detach()).to(dtype)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import PROMPTS
 
-from lacuna_train.evaluate import score
+from lacuna_train.evaluate import depths_at, needles_of, score
 from lacuna_train.tasks import ANSWER, TASKS_OF_THE_MEAN
 
 TASKS = list(json.loads(PROMPTS.read_text(encoding="utf-8"))["tasks"])
@@ -128,3 +128,17 @@ def test_impossible_requests_end(maker):
 def test_every_digit_group_is_one_token(maker):
     for text in [f"{i:03d}" for i in range(1000)] + [f"{i:02d}" for i in range(100)]:
         assert len(maker.tokenizer.encode(text, add_special_tokens=False).ids) == 1
+
+
+def test_distances_place_needles_inside_or_beyond_a_window(maker):
+    """As evaluate --distance does it, in tokens before the prompt's end."""
+    for task, low, high in (("single_number_book", 0, 300), ("multikey_4", 700, 1500), ("passkey", 0, 300), ("passkey", 700, 1500)):
+        for seed in range(4):
+            rng = np.random.default_rng(seed)
+            depths = depths_at((low, high), 1500, needles_of(maker.tasks[task]), rng)
+            example = maker.make(task, rng, 1500, depths=depths)
+            prompt = text_of(maker, example.prompt())
+            for reference in example.questions[0].references:
+                behind = len(maker.encode(prompt[prompt.index(reference):]))
+                assert low - 60 <= behind <= high + 150  # needles go between sentences, and the question follows
+    assert needles_of(maker.tasks["multivalue"]) == 4 and needles_of(maker.tasks["json_lookup"]) == 0
