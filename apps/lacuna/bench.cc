@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include <fmt/ranges.h>
+
 #include "cli.h"
 #include "eval/random.h"
 #include "eval/report.h"
@@ -162,6 +164,22 @@ MachineLimits best_limits(Context& ctx) {
 
 nlohmann::json spread_json(const Spread& s) { return {{"median", s.median}, {"min", s.low}, {"max", s.high}}; }
 
+// What the router of each layer did with a prompt of each length: tokens by expert. Random prompts show that
+// it runs and what it costs, not how a text would be routed.
+std::string expert_lines(const std::vector<Cell>& cells) {
+  std::string text;
+  int64_t length = 0;
+  for (const Cell& cell : cells) {
+    const auto& layers = cell.samples.front().prefill_ops.expert_tokens();
+    if (cell.length == length || layers.empty()) continue;  // other caches read the same prompt
+    length = cell.length;
+    text += fmt::format("\ntokens by expert in the prefill of {}\n", length);
+    for (size_t l = 0; l < layers.size(); ++l)
+      if (!layers[l].empty()) text += fmt::format("layer {:>3}: {}\n", l, fmt::join(layers[l], " "));
+  }
+  return text;
+}
+
 int run_bench(const BenchOptions& o) {
   const std::vector<Variant> variants = list_variants(split_policies(o.policies), o.budgets, {});
   Engine engine(o.engine);
@@ -228,6 +246,9 @@ int run_bench(const BenchOptions& o) {
                               {"decode_attention_bytes_per_second", spread_json(r.attention_bytes)},
                               {"kv_bytes_after_prompt", cell.kv_bytes},
                               {"memory", cell.memory}});
+      if (!cell.samples.front().prefill_ops.expert_tokens().empty())
+        out["cells"].back()["expert_tokens"] = {{"prefill", cell.samples.front().prefill_ops.expert_tokens()},
+                                                {"decode", cell.samples.front().decode_ops.expert_tokens()}};
     }
     print_out(out.dump(2) + "\n");
     return 0;
@@ -252,7 +273,7 @@ int run_bench(const BenchOptions& o) {
     memory.push_back({name, human_bytes(static_cast<double>(cell.kv_bytes)), human_bytes(static_cast<double>(cell.kv_peak)), peak("weights"),
                       peak("activations"), peak("scratch")});
   }
-  print_out(text + markdown_table(speed) + "\n" + markdown_table(memory) +
+  print_out(text + markdown_table(speed) + "\n" + markdown_table(memory) + expert_lines(cells) +
             fmt::format("\nprocess peak {} resident\n", human_bytes(static_cast<double>(resident))));
   return 0;
 }

@@ -27,6 +27,17 @@ DType parse_kv_dtype(const std::string& text, ActivationType activations) {
   return DType::kI8;
 }
 
+SpikeOptions parse_spikes(const EngineOptions& o) {
+  SpikeOptions s;
+  if (o.spikes == "off") s.use = SpikeUse::kOff;
+  if (o.spikes == "fake") s.use = SpikeUse::kFake;
+  if (o.spikes == "integer") s.use = SpikeUse::kInteger;
+  if (o.spikes == "event") s.use = SpikeUse::kEvent;
+  if (!o.spike_mode.empty()) s.mode = o.spike_mode == "paper" ? SpikeMode::kPaper : SpikeMode::kReference;
+  if (o.spike_k > 0) s.k = static_cast<float>(o.spike_k);
+  return s;
+}
+
 }  // namespace
 
 void add_engine_options(CLI::App& app, EngineOptions& o, const char* window_names) {
@@ -40,10 +51,17 @@ void add_engine_options(CLI::App& app, EngineOptions& o, const char* window_name
       ->check(CLI::IsMember({"auto", "f32", "bf16", "int8"}));
   app.add_option("--chunk", o.chunk, "Prefill: tokens of activations at a time")->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
   app.add_option("--memory-limit", o.memory_limit, "Refuse to allocate more than this (\"4GiB\"); default: what is free now");
-  app.add_option(window_names, o.window,
+  app.add_option("--window-rule", o.window,
                  "SpikingBrain: keys a sliding window of W shows: official (W + 1 in a prompt, W after it), exact (W), plus_one "
                  "(W + 1), or config (what config.json says, else official)")
       ->check(CLI::IsMember({"config", "official", "exact", "plus_one"}));
+  app.add_option("--spikes", o.spikes,
+                 "Activations as spike counts: off, fake (floats), integer (dense products of counts), event (additions at every "
+                 "spike), or auto (integer where the checkpoint asks for spikes)")
+      ->check(CLI::IsMember({"auto", "off", "fake", "integer", "event"}));
+  app.add_option("--spike-mode", o.spike_mode, "Coded layers: reference (all but down_proj, as published code runs) or paper (all)")
+      ->check(CLI::IsMember({"reference", "paper"}));
+  app.add_option("--spike-k", o.spike_k, "Spikes in a mean activation: V_th = mean|x| / k")->check(CLI::Range(1e-3, 1e6));
   app.add_flag("!--no-check", o.check_weights, "Do not read every weight once to refuse NaN and infinity");
 }
 
@@ -53,6 +71,7 @@ Engine::Engine(const EngineOptions& o) : ctx(memory, o.threads) {
   LoadOptions load;
   load.weights = o.weights == "int8" ? WeightMode::kInt8 : WeightMode::kStored;
   load.check_finite = o.check_weights;
+  load.spikes = parse_spikes(o);
   if (o.window == "official") load.window = WindowRule::kOfficial;
   if (o.window == "exact") load.window = WindowRule::kExact;
   if (o.window == "plus_one") load.window = WindowRule::kPlusOne;

@@ -26,12 +26,15 @@ struct EngineOptions {
   int64_t chunk = 512;              // activation chunk of prefill, tokens
   std::string memory_limit;         // "4GiB": refuse to allocate more; empty = what the machine has free
   std::string window = "config";    // config | official | exact | plus_one, for models whose code disagrees with itself
+  std::string spikes = "auto";      // auto | off | fake | integer | event
+  std::string spike_mode;           // reference | paper; empty = the checkpoint's
+  double spike_k = 0;               // 0 = the checkpoint's
   bool check_weights = true;
 };
 
-// Adds -m, --threads, --dtype, --weights, --kv-dtype, --chunk, --memory-limit, --window, --no-check. A command with a
-// --window of its own leaves only the other name for the rule.
-void add_engine_options(CLI::App& app, EngineOptions& options, const char* window_names = "--window,--window-rule");
+// Adds -m, --threads, --dtype, --weights, --kv-dtype, --chunk, --memory-limit, --window-rule, --no-check, --spikes,
+// --spike-mode, --spike-k.
+void add_engine_options(CLI::App& app, EngineOptions& options);
 
 // A model with all that is needed to run it. Members are destroyed in reverse order.
 struct Engine {
@@ -70,5 +73,6 @@ Command add_run(CLI::App& app);
 Command add_eval(CLI::App& app);
 Command add_bench(CLI::App& app);
 Command add_inspect(CLI::App& app);
+Command add_convert(CLI::App& app);
 
 }  // namespace lacuna::cli

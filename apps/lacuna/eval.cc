@@ -8,6 +8,7 @@
 #include "eval/fidelity.h"
 #include "eval/report.h"
 #include "eval/result_log.h"
+#include "eval/spikes.h"
 #include "formats/config.h"
 
 namespace lacuna::cli {
@@ -193,6 +194,19 @@ int run_perplexity(const EvalOptions& o) {
   return 0;
 }
 
+int run_spikes(const EvalOptions& o) {
+  const std::vector<std::string> texts = plain_texts(o);
+  Subject subject(o.engine);
+  Progress progress("reading", "windows", 1, !o.quiet);
+  const SpikeResult result =
+      measure_spikes(subject.engine.ctx, *subject.engine.model, subject.codec, texts, o.window, o.windows, subject.engine.kv,
+                     subject.engine.prefill, [&](int64_t done, int64_t total) { progress.update(done, total); });
+  progress.finish();
+  if (o.json) print_json(json_report(result));
+  else print_out(markdown_report(result));
+  return 0;
+}
+
 // Logs of one configuration (lengths, tasks or prompts may differ) as one report.
 int run_report(const EvalOptions& o) {
   EvalRun run;
@@ -296,6 +310,17 @@ Command add_eval(CLI::App& parent) {
   CLI::App* fidelity_app = app->add_subcommand("fidelity", "KL divergence, top-1 agreement and layer error against the full cache on plain text");
   add_text_options(*fidelity_app, *fidelity);
 
+  auto spikes = std::make_shared<EvalOptions>();
+  spikes->window = 1024;
+  spikes->windows = 8;
+  CLI::App* spikes_app = app->add_subcommand("spikes", "How sparse spike-coded activations are on plain text, under every definition");
+  add_engine_options(*spikes_app, spikes->engine, "--window-rule");
+  spikes_app->add_option("-f,--text,--file", spikes->files, "Plain text; may be repeated; default: every book of --haystack")->allow_extra_args(false);
+  spikes_app->add_option("--haystack", spikes->haystack)->capture_default_str();
+  spikes_app->add_option("--window", spikes->window, "Tokens read at a time")->check(CLI::Range(2, 1 << 24))->capture_default_str();
+  spikes_app->add_option("--windows", spikes->windows, "Stretches of text, spread evenly")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  add_output_options(*spikes_app, *spikes);
+
   auto report = std::make_shared<EvalOptions>();
   CLI::App* report_app = app->add_subcommand("report", "Tables and page from the logs of earlier runs");
   report_app->add_option("--log", report->logs, "Logs of ruler or needle")->required();
@@ -307,6 +332,7 @@ Command add_eval(CLI::App& parent) {
             if (needle_app->parsed()) return run_tasks(*needle);
             if (ppl_app->parsed()) return run_perplexity(*ppl);
             if (fidelity_app->parsed()) return run_fidelity(*fidelity);
+            if (spikes_app->parsed()) return run_spikes(*spikes);
             return run_report(*report);
           }};
 }

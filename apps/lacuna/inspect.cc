@@ -175,7 +175,9 @@ nlohmann::json describe(const InspectOptions& o) {
                         {"eos_ids", model.eos_ids},           {"file_bytes", files.file_bytes()},
                         {"attention_layers", model.attention_layers}, {"sliding_window_layers", model.window_layers},
                         {"sliding_window", model.window},     {"recurrent_layers", model.recurrent_layers},
-                        {"recurrent_state_bytes", model.state_bytes}};
+                        {"recurrent_state_bytes", model.state_bytes}, {"expert_layers", model.expert_layers},
+                        {"experts", model.experts},           {"experts_per_token", model.experts_per_token},
+                        {"shared_experts", model.shared_experts}, {"sink_tokens", model.sinks}};
   int64_t parameters = 0;
   for (const auto& name : files.names()) {
     const Tensor t = files.get(name);
@@ -213,6 +215,10 @@ int inspect_command(const InspectOptions& o) {
   if (d["recurrent_layers"].get<int>() > 0)
     text += fmt::format("{} recurrent layers: a state of {} a sequence, whatever its length\n", d["recurrent_layers"].get<int>(),
                         human_bytes(d["recurrent_state_bytes"].get<double>()));
+  if (d["expert_layers"].get<int>() > 0)
+    text += fmt::format("{} layers with {} experts, of which a token runs {}, and {} shared\n", d["expert_layers"].get<int>(),
+                        d["experts"].get<int>(), d["experts_per_token"].get<int>(), d["shared_experts"].get<int>());
+  if (d["sink_tokens"].get<int>() > 0) text += fmt::format("{} sink tokens before every text\n", d["sink_tokens"].get<int>());
   for (const auto& t : d["tensors"])
     text += fmt::format("  {:<52} {:<5} {}\n", t["name"].get<std::string>(), t["dtype"].get<std::string>(), t["shape"].dump());
   print_out(text);

@@ -27,7 +27,8 @@ int main(int argc, char** argv) {
   app.failure_message([](const CLI::App* a, const CLI::Error& e) {
     return fmt::format("{}: bad usage: {}\nRun with --help for the options.\n", a->get_name(), e.what());
   });
-  const cli::Command commands[] = {cli::add_run(app), cli::add_eval(app), cli::add_bench(app), cli::add_inspect(app)};
+  const cli::Command commands[] = {cli::add_run(app), cli::add_eval(app), cli::add_bench(app), cli::add_inspect(app),
+                                   cli::add_convert(app)};
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {

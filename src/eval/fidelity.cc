@@ -5,9 +5,6 @@
 #include <numbers>
 
 namespace lacuna {
-namespace {
-
-// Stretches of `size` tokens, evenly spread over all texts; a stretch never crosses a text's end.
 std::vector<std::vector<int32_t>> spread_windows(const Model& model, const TextCodec& codec, const std::vector<std::string>& texts, int64_t size,
                                                  int64_t most) {
   if (size > model.info().max_positions) throw BadInput("windows of {} tokens; the model has {} positions", size, model.info().max_positions);
@@ -28,6 +25,8 @@ std::vector<std::vector<int32_t>> spread_windows(const Model& model, const TextC
   for (int64_t i = 0; i < most; ++i) out.push_back(std::move(all[static_cast<size_t>(i * count / most)]));
   return out;
 }
+
+namespace {
 
 // The residual stream and the logits of a continuation.
 class ContinuationView : public LayerObserver {

@@ -9,6 +9,11 @@
 
 namespace lacuna {
 
+// Stretches of `size` tokens, codec.before in front of each, `most` of them at most, evenly spread over all
+// texts; a stretch never crosses a text's end. Throws BadInput where no text is long enough.
+std::vector<std::vector<int32_t>> spread_windows(const Model& model, const TextCodec& codec, const std::vector<std::string>& texts,
+                                                 int64_t size, int64_t most);
+
 // Plain text as the model continues it: how much a smaller cache changes, with no task in between.
 struct TextOptions {
   int64_t context = 4096;      // tokens read before the cache is made smaller

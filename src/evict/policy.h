@@ -89,6 +89,7 @@ struct SelectionRule {
   Scope scope = Scope::kModel;
   LayerShare share = LayerShare::kEven;  // for kHead and kLayer
   double pyramid_beta = 20;
+  bool pyramid_holds_window = false;  // kvpress's reading: the window is part of what falls with depth
   double guarantee = 0;       // every head keeps at least this part of an even share
   double first_stage = 1;     // part of each head's entries chosen by score; the rest by `second`
   int window = 0;             // the last so many slots are always kept

@@ -314,11 +314,16 @@ std::vector<std::vector<int64_t>> Selection::quotas(bool last) const {
 
   // Pyramid: from `most` in the first layer down to `least` in the last, `mean` on average.
   const double mean = heads > 0 ? static_cast<double>(plan_.keep) / static_cast<double>(heads) : 0;
-  double least = mean / rule_.pyramid_beta, most = 2 * mean - least;
+  const double held = rule_.pyramid_holds_window ? rule_.window : 0;
+  double least = (mean + held) / rule_.pyramid_beta, most = 2 * (mean + held) - least;
   if (most > static_cast<double>(longest)) {
     most = static_cast<double>(longest);
-    least = 2 * mean - most;
+    least = 2 * (mean + held) - most;
   }
+  // kvpress gives up the pyramid where its last layer would not hold the window, or its first falls short of it.
+  if (rule_.pyramid_holds_window && (least < held || most < least)) least = most = mean + held;
+  least -= held;
+  most -= held;
   std::vector<double> weights, caps;
   for (size_t i = 0; i < counted.size(); ++i) {
     const size_t l = static_cast<size_t>(counted[i]);

@@ -59,6 +59,8 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
     throw BadInput("{}: {} query heads over {} KV heads; expected a whole number of query heads to a KV head", kOp,
                    shape.query_heads, shape.kv_heads);
   check_softmax(kOp, shape.scale, shape.window);
+  if (!shape.causal && shape.window > 0)
+    throw BadInput("{}: a window of {} in a call that is not causal; expected 0", kOp, shape.window);
   const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
   check_stride(kOp, "q_stride", shape.q_stride, row);
   check_stride(kOp, "out_stride", shape.out_stride, row);
@@ -68,7 +70,7 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
     if (s.tokens == 0) continue;
     if (!s.q || !s.out || !s.heads) throw BadInput("{}: a sequence of {} tokens lacks q, out or heads", kOp, s.tokens);
     for (int g = 0; g < shape.kv_heads; ++g) {
-      check_head(kOp, s.heads[g], s.tokens);
+      check_head(kOp, s.heads[g], shape.causal ? s.tokens : 1);
       longest = longest > s.heads[g].length ? longest : s.heads[g].length;
     }
     tokens += s.tokens;
@@ -87,6 +89,19 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
   for (const AttentionSequence& s : seqs)
     for (int g = 0; g < shape.kv_heads && s.tokens > 0; ++g)
       scope.record.kv_read_bytes += kv_bytes(layout, s.heads[g], s.first_position, shape.window, true);
+}
+
+void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,
+                     const float* other_lse) {
+  if (rows < 0 || d < 1) throw BadInput("merge_attention: {} rows of {} elements", rows, d);
+  if (rows == 0) return;
+  if (!out || !lse || !other || !other_lse) throw BadInput("merge_attention: {} rows without out, lse or other", rows);
+  OpScope scope(ctx, OpKind::kAttention);
+  cpu::merge_attention(ctx, rows, d, out, lse, other, other_lse);
+  scope.record.m = rows;
+  scope.record.k = d;
+  scope.record.macs = 2 * rows * d;
+  scope.record.activation_bytes = (3 * d + 3) * rows * 4;
 }
 
 void kv_append(Context& ctx, const KvLayout& layout, const KvHeadView* heads, int kv_heads, const float* k,

@@ -47,14 +47,15 @@ struct KvHeadView {
   }
 };
 
-// One sequence's share of an attention call. Its T new tokens are already in the cache: they are the
-// last T slots of every head, in order. Heads may differ in length otherwise.
+// One sequence's share of an attention call. In a causal call its T new tokens are already in the cache: they
+// are the last T slots of every head, in order. Heads may differ in length otherwise.
 struct AttentionSequence {
   const float* q = nullptr;  // [T, H, d] after RoPE, rows q_stride floats apart
   float* out = nullptr;      // [T, H, d], rows out_stride floats apart
   int64_t tokens = 0;        // T
   int64_t first_position = 0;
   const KvHeadView* heads = nullptr;  // [G]
+  float* lse = nullptr;      // [T, H] dense, if wanted: ln of the softmax's denominator, for merge_attention
 };
 
 struct AttentionShape {
@@ -63,6 +64,7 @@ struct AttentionShape {
   float scale = 0;      // usually 1/sqrt(d)
   int64_t window = 0;   // keys with position > query position - window are visible; 0 = all
   int64_t q_stride = 0, out_stride = 0;  // 0 = H * d
+  bool causal = true;   // false: every query sees every slot, whatever its position; no window then
 };
 
 // out = softmax(q K^T * scale, causal) V for every sequence. Query t of a sequence sees slots
@@ -80,6 +82,12 @@ void kv_append(Context& ctx, const KvLayout& layout, const KvHeadView* heads, in
 // Reads slots [begin, end) of a head as f32 rows: k_out, v_out [end-begin, d]; either may be null.
 void kv_read(Context& ctx, const KvLayout& layout, const KvHeadView& head, int64_t begin, int64_t end, float* k_out,
              float* v_out);
+
+// Puts together attention over two disjoint sets of slots: out = out e^{lse - l} + other e^{other_lse - l} with
+// l = ln(e^lse + e^other_lse), which is attention over both. out, other [rows, d] dense, lse, other_lse [rows]; a
+// row is a token and query head. lse becomes l.
+void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,
+                     const float* other_lse);
 
 // In-place compaction: slot keep[i] of the head moves to slot i (bit-exact copy of K, V, scales and
 // position). keep is ascending. Pages past the end are the caller's to free.

@@ -19,7 +19,14 @@ namespace lacuna {
 enum class ActivationType : uint8_t { kF32, kBF16 };
 
 // Named activation buffers of a forward pass; each holds as many rows as the largest call so far.
-enum class ActivationSlot : uint8_t { kHidden, kNormed, kQuery, kRawQuery, kKey, kValue, kMixed, kGate, kUp, kCos, kSin, kLogits, kCount };
+enum class ActivationSlot : uint8_t {
+  kHidden, kNormed, kQuery, kRawQuery, kKey, kValue, kMixed, kGate, kUp, kCos, kSin, kLogits,
+  kExpertIn, kExpertOut,  // rows of one expert's tokens
+  kSinkMixed, kLse,       // attention's share from sinks, and logarithms of both shares' denominators
+  kBranch, kDecay,        // one branch of a parallel layer; log decays
+  kSpikeCounts, kSpikeRows, kSpikeValues,
+  kCount
+};
 
 // What an op needs besides its operands: threads, memory, and who listens. One per running engine;
 // not thread-safe (ops run one after another and are parallel inside).

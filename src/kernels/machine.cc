@@ -10,22 +10,26 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/machine_bodies.h"
 
+namespace lacuna::cpu {
+
+const MachineBodies& machine_bodies() {
+#if defined(__x86_64__)
+  switch (cpu_isa()) {
+    case Isa::kScalar: break;
+    case Isa::kAvx2: return machine_avx2();
+    case Isa::kAvx512: return machine_avx512();
+    case Isa::kAvx512Bf16: return machine_avx512_bf16();
+  }
+#endif
+  return machine_portable();
+}
+
+}  // namespace lacuna::cpu
+
 namespace lacuna {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-const cpu::MachineBodies& bodies() {
-#if defined(__x86_64__)
-  switch (cpu_isa()) {
-    case Isa::kScalar: break;
-    case Isa::kAvx2: return cpu::machine_avx2();
-    case Isa::kAvx512: return cpu::machine_avx512();
-    case Isa::kAvx512Bf16: return cpu::machine_avx512_bf16();
-  }
-#endif
-  return cpu::machine_portable();
-}
 
 double seconds_of(const std::function<void()>& work) {
   const Clock::time_point start = Clock::now();
@@ -73,7 +77,7 @@ MachineLimits measure_machine(Context& ctx, double seconds, size_t buffer_bytes)
   if (!(seconds > 0)) throw BadInput("measure_machine: {} seconds were asked for; expected more than 0", seconds);
   if (buffer_bytes < kReadPiece)
     throw BadInput("measure_machine: a buffer of {} bytes was asked for; expected at least {}", buffer_bytes, kReadPiece);
-  const cpu::MachineBodies& b = bodies();
+  const cpu::MachineBodies& b = cpu::machine_bodies();
   MachineLimits limits;
   limits.isa = isa_name(cpu_isa());
   if (b.int8.run) limits.isa += "+vnni";

@@ -14,8 +14,8 @@ namespace {
 struct DecoderLayer {
   const float* attn_norm;  // [D]
   AttentionWeights attention;
-  const float* mlp_norm;        // [D]
-  LinearWeight gate, up, down;  // [F, D], [F, D], [D, F]
+  const float* mlp_norm;      // [D]
+  Projection gate, up, down;  // [F, D], [F, D], [D, F]
 };
 
 class Decoder : public Model {
@@ -23,7 +23,8 @@ class Decoder : public Model {
   Decoder(Context& ctx, const std::filesystem::path& dir, const LoadOptions& options)
       : config_(load_model_config(dir)),
         weights_(ctx, ModelFiles::open(dir), options),
-        attention_(config_.rope, config_.head_dim, config_.max_positions) {
+        attention_(config_.rope, config_.head_dim, config_.max_positions),
+        spikes_(resolve_spikes(dir, options.spikes, config_.layers, false)) {
     const int64_t d = config_.hidden, q = int64_t{config_.heads} * config_.head_dim,
                   kv = int64_t{config_.kv_heads} * config_.head_dim, f = config_.intermediate;
     embedding_ = weights_.linear("model.embed_tokens", config_.vocab, d, false);
@@ -32,26 +33,32 @@ class Decoder : public Model {
       DecoderLayer layer;
       layer.attn_norm = weights_.vector(at + "input_layernorm.weight", d);
       AttentionWeights& a = layer.attention;
-      a.q = weights_.linear(at + "self_attn.q_proj", q, d, config_.qkv_bias);
-      a.k = weights_.linear(at + "self_attn.k_proj", kv, d, config_.qkv_bias);
-      a.v = weights_.linear(at + "self_attn.v_proj", kv, d, config_.qkv_bias);
+      a.spikes = spikes_.of(i);
+      const auto k_of = [&](SpikeSite site) { return a.spikes.of(site); };
+      const float at_in = k_of(SpikeSite::kAttnIn), at_mlp = k_of(SpikeSite::kMlpIn);
+      a.q = weights_.projection(at + "self_attn.q_proj", q, d, config_.qkv_bias, at_in, spikes_);
+      a.k = weights_.projection(at + "self_attn.k_proj", kv, d, config_.qkv_bias, at_in, spikes_);
+      a.v = weights_.projection(at + "self_attn.v_proj", kv, d, config_.qkv_bias, at_in, spikes_);
       a.norm_eps = config_.rms_norm_eps;
       if (config_.qk_norm) {  // Qwen3
         a.q_norm = weights_.vector(at + "self_attn.q_norm.weight", config_.head_dim);
         a.k_norm = weights_.vector(at + "self_attn.k_norm.weight", config_.head_dim);
       }
+      LinearWeight output;
+      a.output =
+          weights_.projection(at + "self_attn.o_proj", d, q, config_.o_bias, k_of(SpikeSite::kOIn), spikes_, &output);
       a.layer = {config_.heads,
                  config_.kv_heads,
                  config_.head_dim,
                  1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
                  config_.layer_window[static_cast<size_t>(i)],
-                 weights_.linear(at + "self_attn.o_proj", d, q, config_.o_bias),
+                 output,
                  attention_.inv_freq(),
                  attention_.rope_factor()};
       layer.mlp_norm = weights_.vector(at + "post_attention_layernorm.weight", d);
-      layer.gate = weights_.linear(at + "mlp.gate_proj", f, d, config_.mlp_bias);
-      layer.up = weights_.linear(at + "mlp.up_proj", f, d, config_.mlp_bias);
-      layer.down = weights_.linear(at + "mlp.down_proj", d, f, config_.mlp_bias);
+      layer.gate = weights_.projection(at + "mlp.gate_proj", f, d, config_.mlp_bias, at_mlp, spikes_);
+      layer.up = weights_.projection(at + "mlp.up_proj", f, d, config_.mlp_bias, at_mlp, spikes_);
+      layer.down = weights_.projection(at + "mlp.down_proj", d, f, config_.mlp_bias, k_of(SpikeSite::kDownIn), spikes_);
       layers_.push_back(layer);
     }
     final_norm_ = weights_.vector("model.norm.weight", d);
@@ -63,7 +70,7 @@ class Decoder : public Model {
     info_.vocab = config_.vocab;
     info_.max_positions = config_.max_positions;
     info_.parameters = weights_.parameters();
-    info_.weight_dtype = layers_[0].attention.q.weight.dtype;
+    info_.weight_dtype = layers_[0].attention.q.dtype();
     info_.weight_bytes = weights_.bytes();
     info_.token_weight_bytes = weights_.bytes() - (config_.tie_word_embeddings ? 0 : linear_bytes(embedding_));
   }
@@ -98,10 +105,11 @@ class Decoder : public Model {
     float* gate = ctx.activation(ActivationSlot::kGate, static_cast<size_t>(row_count * f));  // [M, F]
     float* up = ctx.activation(ActivationSlot::kUp, static_cast<size_t>(row_count * f));
     rms_norm(ctx, hidden, row_count, config_.hidden, l.mlp_norm, config_.rms_norm_eps, normed);
-    linear(ctx, l.gate, normed, row_count, gate);
-    linear(ctx, l.up, normed, row_count, up);
+    const LayerSpikes& spikes = l.attention.spikes;
+    project(ctx, call, SpikeSite::kMlpIn, spikes.of(SpikeSite::kMlpIn), normed, {{&l.gate, gate}, {&l.up, up}});
     silu_mul(ctx, gate, up, row_count, f, gate);
-    linear(ctx, l.down, gate, row_count, hidden, LinearMode::kAccumulate);
+    project(ctx, call, SpikeSite::kDownIn, spikes.of(SpikeSite::kDownIn), gate, {{&l.down, hidden}},
+            LinearMode::kAccumulate);
     ctx.layer = -1;
   }
 
@@ -118,6 +126,7 @@ class Decoder : public Model {
   ModelInfo info_;
   WeightBinder weights_;
   AttentionBlock attention_;
+  SpikeCoding spikes_;
   LinearWeight embedding_, head_;
   const float* final_norm_ = nullptr;
   std::vector<DecoderLayer> layers_;

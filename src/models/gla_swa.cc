@@ -15,11 +15,11 @@ namespace lacuna {
 namespace {
 
 struct LinearAttentionWeights {
-  LinearWeight q, k, v;       // [H*d, D], [G*d, D], [G*d, D]
-  LinearWeight gate_in;       // [rank, D], or [G*d, D] when the gate is one matrix
-  LinearWeight gate_out;      // [G*d, rank]; none when the gate is one matrix
+  Projection q, k, v;           // [H*d, D], [G*d, D], [G*d, D]
+  Projection gate_in;           // [rank, D], or [G*d, D] when the gate is one matrix
+  LinearWeight gate_out;        // [G*d, rank]; none when the gate is one matrix
   const float* norm = nullptr;  // [d], over each query head
-  LinearWeight output;        // [D, H*d]
+  Projection output;            // [D, H*d]
 };
 
 struct Layer {
@@ -27,15 +27,19 @@ struct Layer {
   LinearAttentionWeights linear;     // of even layers
   AttentionWeights softmax;          // of odd layers
   const float* mlp_norm = nullptr;   // [D]
-  LinearWeight gate, up, down;       // [F, D], [F, D], [D, F]
+  Projection gate, up, down;         // [F, D], [F, D], [D, F]
+  LayerSpikes spikes;
 };
 
 WindowRule resolve(WindowRule wish, SpikingBrainConfig::Window config) {
   if (wish != WindowRule::kConfig) return wish;
   switch (config) {
-    case SpikingBrainConfig::Window::kExact: return WindowRule::kExact;
-    case SpikingBrainConfig::Window::kPlusOne: return WindowRule::kPlusOne;
-    case SpikingBrainConfig::Window::kOfficial: break;
+    case SpikingBrainConfig::Window::kExact:
+      return WindowRule::kExact;
+    case SpikingBrainConfig::Window::kPlusOne:
+      return WindowRule::kPlusOne;
+    case SpikingBrainConfig::Window::kOfficial:
+      break;
   }
   return WindowRule::kOfficial;
 }
@@ -46,23 +50,27 @@ class GlaSwa : public Model {
       : config_(load_spikingbrain_config(dir)),
         dir_(dir.string()),
         weights_(ctx, ModelFiles::open(dir), options),
-        attention_(config_.rope, config_.head_dim, config_.max_positions) {
+        attention_(config_.rope, config_.head_dim, config_.max_positions),
+        spikes_(resolve_spikes(dir, options.spikes, config_.layers,
+                               weights_.has("model.layers.0.attn.q_proj.weight_quantizer.scales"))) {
     const int64_t d = config_.hidden, f = config_.intermediate;
     const WindowRule rule = resolve(options.window, config_.window);
     embedding_ = weights_.linear("model.embeddings", config_.vocab, d, false);
     for (int i = 0; i < config_.layers; ++i) {
       const std::string at = "model.layers." + std::to_string(i) + ".";
       Layer layer;
+      layer.spikes = spikes_.of(i);
       layer.attn_norm = weights_.vector(at + "attn_norm.weight", d);
       if (SpikingBrainConfig::is_linear(i))
-        bind_linear(at + "attn.", layer.linear);
+        bind_linear(at + "attn.", layer.spikes, layer.linear);
       else
         bind_softmax(at + "attn.", config_.full_attention[static_cast<size_t>(i)] ? 0 : config_.sliding_window, rule,
-                     layer.softmax);
+                     layer.spikes, layer.softmax);
       layer.mlp_norm = weights_.vector(at + "mlp_norm.weight", d);
-      layer.gate = weights_.linear(at + "mlp.gate_proj", f, d, false);
-      layer.up = weights_.linear(at + "mlp.up_proj", f, d, false);
-      layer.down = weights_.linear(at + "mlp.down_proj", d, f, false);
+      const float k_mlp = layer.spikes.of(SpikeSite::kMlpIn), k_down = layer.spikes.of(SpikeSite::kDownIn);
+      layer.gate = weights_.projection(at + "mlp.gate_proj", f, d, false, k_mlp, spikes_);
+      layer.up = weights_.projection(at + "mlp.up_proj", f, d, false, k_mlp, spikes_);
+      layer.down = weights_.projection(at + "mlp.down_proj", d, f, false, k_down, spikes_);
       layers_.push_back(layer);
     }
     final_norm_ = weights_.vector("model.norm.weight", d);
@@ -74,7 +82,8 @@ class GlaSwa : public Model {
     info_.vocab = config_.vocab;
     info_.max_positions = config_.max_positions;
     info_.parameters = weights_.parameters();
-    info_.weight_dtype = layers_[0].gate.weight.dtype;
+    // Codes made of f32 weights leave everything else in f32.
+    info_.weight_dtype = spikes_.group_scales ? embedding_.weight.dtype : layers_[0].gate.dtype();
     info_.weight_bytes = weights_.bytes();
     info_.token_weight_bytes = weights_.bytes() - (config_.tie_word_embeddings ? 0 : linear_bytes(embedding_));
   }
@@ -112,7 +121,7 @@ class GlaSwa : public Model {
     rms_norm(ctx, hidden, row_count, d, l.attn_norm, config_.norm_eps, normed);
     call.show("normed", normed, d);
     if (SpikingBrainConfig::is_linear(layer))
-      attend_linearly(ctx, call, l.linear, normed, hidden);
+      attend_linearly(ctx, call, l, normed, hidden);
     else
       attention_.forward(ctx, call, l.softmax, normed, hidden, LinearMode::kAccumulate);
     call.show("resid_mid", hidden, d);
@@ -120,10 +129,10 @@ class GlaSwa : public Model {
     float* gate = ctx.activation(ActivationSlot::kGate, static_cast<size_t>(row_count * f));  // [M, F]
     float* up = ctx.activation(ActivationSlot::kUp, static_cast<size_t>(row_count * f));
     rms_norm(ctx, hidden, row_count, d, l.mlp_norm, config_.norm_eps, normed);
-    linear(ctx, l.gate, normed, row_count, gate);
-    linear(ctx, l.up, normed, row_count, up);
+    project(ctx, call, SpikeSite::kMlpIn, l.spikes.of(SpikeSite::kMlpIn), normed, {{&l.gate, gate}, {&l.up, up}});
     silu_mul(ctx, gate, up, row_count, f, gate);
-    linear(ctx, l.down, gate, row_count, hidden, LinearMode::kAccumulate);
+    project(ctx, call, SpikeSite::kDownIn, l.spikes.of(SpikeSite::kDownIn), gate, {{&l.down, hidden}},
+            LinearMode::kAccumulate);
     call.show("resid_out", hidden, d);
     ctx.layer = -1;
   }
@@ -140,63 +149,67 @@ class GlaSwa : public Model {
   int64_t query_width() const { return int64_t{config_.heads} * config_.head_dim; }
   int64_t key_width() const { return int64_t{config_.kv_heads} * config_.head_dim; }
 
-  void bind_linear(const std::string& at, LinearAttentionWeights& w) {
+  // q, k and v of either kind of attention.
+  template <class Weights>
+  void bind_inputs(const std::string& at, const LayerSpikes& spikes, Weights& w) {
     const int64_t d = config_.hidden;
-    w.q = weights_.linear(at + "q_proj", query_width(), d, true);
-    w.k = weights_.linear(at + "k_proj", key_width(), d, true);
-    w.v = weights_.linear(at + "v_proj", key_width(), d, true);
+    const float k = spikes.of(SpikeSite::kAttnIn);
+    w.q = weights_.projection(at + "q_proj", query_width(), d, true, k, spikes_);
+    w.k = weights_.projection(at + "k_proj", key_width(), d, true, k, spikes_);
+    w.v = weights_.projection(at + "v_proj", key_width(), d, true, k, spikes_);
+  }
+
+  void bind_linear(const std::string& at, const LayerSpikes& spikes, LinearAttentionWeights& w) {
+    const int64_t d = config_.hidden;
+    const float k = spikes.of(SpikeSite::kAttnIn);
+    bind_inputs(at, spikes, w);
     // The W8ASpike checkpoint holds the two low-rank matrices multiplied out.
     const bool one = weights_.has(at + "gk_proj.weight");
     if (one && weights_.has(at + "gk_proj.0.weight"))
-      throw CorruptData("{}: found both '{}gk_proj.weight' and '{}gk_proj.0.weight', expected one of them", dir_, at, at);
+      throw CorruptData("{}: found both '{}gk_proj.weight' and '{}gk_proj.0.weight', expected one of them", dir_, at,
+                        at);
     if (one) {
-      w.gate_in = weights_.linear(at + "gk_proj", key_width(), d, true);
+      w.gate_in = weights_.projection(at + "gk_proj", key_width(), d, true, k, spikes_, nullptr, true);
     } else {
-      w.gate_in = weights_.linear(at + "gk_proj.0", config_.gate_low_rank_dim, d, false);
+      // int8 checkpoints keep the two small matrices in floats.
+      w.gate_in = weights_.projection(at + "gk_proj.0", config_.gate_low_rank_dim, d, false, k, spikes_, nullptr, true);
       w.gate_out = weights_.linear(at + "gk_proj.1", key_width(), config_.gate_low_rank_dim, true);
     }
     w.norm = weights_.vector(at + "g_norm.weight", config_.head_dim);
-    w.output = weights_.linear(at + "o_proj", d, query_width(), false);
+    w.output = weights_.projection(at + "o_proj", d, query_width(), false, spikes.of(SpikeSite::kOIn), spikes_);
   }
 
-  void bind_softmax(const std::string& at, int64_t window, WindowRule rule, AttentionWeights& w) {
-    const int64_t d = config_.hidden;
-    w.q = weights_.linear(at + "q_proj", query_width(), d, true);
-    w.k = weights_.linear(at + "k_proj", key_width(), d, true);
-    w.v = weights_.linear(at + "v_proj", key_width(), d, true);
-    w.layer = {config_.heads,
-               config_.kv_heads,
-               config_.head_dim,
-               1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
-               window,
-               weights_.linear(at + "o_proj", d, query_width(), false),
-               attention_.inv_freq(),
-               attention_.rope_factor()};
+  void bind_softmax(const std::string& at, int64_t window, WindowRule rule, const LayerSpikes& spikes,
+                    AttentionWeights& w) {
+    bind_inputs(at, spikes, w);
+    w.spikes = spikes;
+    LinearWeight output;
+    w.output = weights_.projection(at + "o_proj", config_.hidden, query_width(), false, spikes.of(SpikeSite::kOIn),
+                                   spikes_, &output);
+    w.layer = {
+        config_.heads, config_.kv_heads, config_.head_dim,      1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
+        window,        output,           attention_.inv_freq(), attention_.rope_factor()};
     if (window == 0) return;
     if (rule == WindowRule::kPlusOne) ++w.layer.window;
     if (rule == WindowRule::kOfficial) w.start_window = window + 1;
   }
 
-  void attend_linearly(Context& ctx, const LayerCall& call, const LinearAttentionWeights& w, const float* normed,
-                       float* hidden) {
+  void attend_linearly(Context& ctx, const LayerCall& call, const Layer& l, const float* normed, float* hidden) {
+    const LinearAttentionWeights& w = l.linear;
     const int64_t m = call.row_count, d = config_.head_dim, qs = query_width(), ks = key_width();
     float* q = ctx.activation(ActivationSlot::kQuery, static_cast<size_t>(m * qs));      // [M, H, d]
     float* k = ctx.activation(ActivationSlot::kKey, static_cast<size_t>(m * ks));        // [M, G, d]
     float* v = ctx.activation(ActivationSlot::kValue, static_cast<size_t>(m * ks));      // [M, G, d]
     float* g = ctx.activation(ActivationSlot::kGate, static_cast<size_t>(m * ks));       // [M, G, d]
     float* mixed = ctx.activation(ActivationSlot::kMixed, static_cast<size_t>(m * qs));  // [M, H, d]
-    linear(ctx, w.q, normed, m, q);
-    linear(ctx, w.k, normed, m, k);
-    linear(ctx, w.v, normed, m, v);
+    // With one matrix the gate's output is its logit, with two what the second takes.
+    float* low =
+        w.gate_out.weight ? ctx.activation(ActivationSlot::kUp, static_cast<size_t>(m * config_.gate_low_rank_dim)) : g;
+    project(ctx, call, SpikeSite::kAttnIn, l.spikes.of(SpikeSite::kAttnIn), normed,
+            {{&w.q, q}, {&w.k, k}, {&w.v, v}, {&w.gate_in, low}});
     relu(ctx, q, m * qs);
     relu(ctx, k, m * ks);
-    if (w.gate_out.weight) {
-      float* low = ctx.activation(ActivationSlot::kUp, static_cast<size_t>(m * config_.gate_low_rank_dim));  // [M, rank]
-      linear(ctx, w.gate_in, normed, m, low);
-      linear(ctx, w.gate_out, low, m, g);
-    } else {
-      linear(ctx, w.gate_in, normed, m, g);
-    }
+    if (w.gate_out.weight) linear(ctx, w.gate_out, low, m, g);
     log_sigmoid(ctx, g, m * ks, 1.0f / config_.gate_logit_normalizer, g);
     call.show("q", q, qs);
     call.show("k", k, ks);
@@ -207,8 +220,13 @@ class GlaSwa : public Model {
     for (size_t i = 0; i < call.rows.size(); ++i) {
       const BatchRows& r = call.rows[i];
       const int64_t at = r.first_row * ks;
-      sequences_[i] = {q + r.first_row * qs, k + at,   v + at, g + at, mixed + r.first_row * qs,
-                       r.tokens,             r.state->recurrent.at(call.layer)};
+      sequences_[i] = {q + r.first_row * qs,
+                       k + at,
+                       v + at,
+                       g + at,
+                       mixed + r.first_row * qs,
+                       r.tokens,
+                       r.state->recurrent.at(call.layer)};
     }
     const GlaShape shape{config_.heads, config_.kv_heads, config_.head_dim, config_.head_dim,
                          1.0f / std::sqrt(static_cast<float>(config_.head_dim))};
@@ -223,7 +241,8 @@ class GlaSwa : public Model {
     call.show("o", mixed, qs);
     rms_norm(ctx, mixed, m * config_.heads, d, w.norm, config_.norm_eps, mixed);
     call.show("o_norm", mixed, qs);
-    linear(ctx, w.output, mixed, m, hidden, LinearMode::kAccumulate);
+    project(ctx, call, SpikeSite::kOIn, l.spikes.of(SpikeSite::kOIn), mixed, {{&w.output, hidden}},
+            LinearMode::kAccumulate);
   }
 
   SpikingBrainConfig config_;
@@ -231,6 +250,7 @@ class GlaSwa : public Model {
   ModelInfo info_;
   WeightBinder weights_;
   AttentionBlock attention_;
+  SpikeCoding spikes_;
   LinearWeight embedding_, head_;
   const float* final_norm_ = nullptr;
   std::vector<Layer> layers_;

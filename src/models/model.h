@@ -11,6 +11,7 @@
 #include "cache/kv_cache.h"
 #include "cache/recurrent_state.h"
 #include "kernels/linear.h"
+#include "models/spike_coding.h"
 
 namespace lacuna {
 
@@ -79,6 +80,16 @@ struct TensorTap {
   const float* data = nullptr;  // [tokens, width]
 };
 
+// Spike counts of one place in a layer for one chunk of one sequence.
+struct SpikeTap {
+  int layer = 0;
+  SpikeSite site = SpikeSite::kAttnIn;
+  int64_t first_token = 0;  // index of row 0 among this call's tokens
+  int64_t tokens = 0;
+  SpikeBatch counts;        // a row a token, or a query head of a token
+  int64_t fan_out = 0;      // outputs of all coded linear layers that take these counts
+};
+
 // Watches, and may evict, while a sequence runs through the layers. Serves prefill and decode.
 class LayerObserver {
  public:
@@ -94,6 +105,9 @@ class LayerObserver {
   // What a layer computes on its way.
   virtual bool wants_tensors() const { return false; }
   virtual void on_tensor(const TensorTap& tap) {}
+  // What a layer's coded inputs fired.
+  virtual bool wants_spikes() const { return false; }
+  virtual void on_spikes(const SpikeTap& tap) {}
 };
 
 // A loaded architecture. forward_layer is the same function for prefill chunks and for decode.
@@ -131,6 +145,7 @@ enum class WindowRule : uint8_t {
 struct LoadOptions {
   WeightMode weights = WeightMode::kStored;
   WindowRule window = WindowRule::kConfig;
+  SpikeOptions spikes;
   bool check_finite = true;  // reads every weight once and refuses NaN and infinity
 };
 
@@ -151,6 +166,9 @@ struct ModelOutline {
   int64_t window = 0;        // of the widest of them
   int recurrent_layers = 0;
   int64_t state_bytes = 0;   // recurrent states of one sequence
+  int expert_layers = 0;     // with a mixture of experts
+  int experts = 0, experts_per_token = 0, shared_experts = 0;  // in each of them: routed, of those run, always on
+  int sinks = 0;             // learnable tokens before the text
 };
 ModelOutline outline_model(const std::filesystem::path& dir);
 

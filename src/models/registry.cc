@@ -18,6 +18,7 @@ constexpr Architecture kArchitectures[] = {
     {"qwen2", load_decoder, outline_decoder},
     {"qwen3", load_decoder, outline_decoder},
     {"gla_swa", load_gla_swa, outline_gla_swa},
+    {"spikingbrain_moe", load_spikingbrain_moe, outline_spikingbrain_moe},
 };
 
 }  // namespace

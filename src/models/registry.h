@@ -17,4 +17,8 @@ ModelOutline outline_gla_swa(const std::filesystem::path& dir);
 std::unique_ptr<Model> load_decoder(Context& ctx, const std::filesystem::path& dir, const LoadOptions& options);
 ModelOutline outline_decoder(const std::filesystem::path& dir);
 
+// spikingbrain_moe.cc: the parallel hybrid with experts of SpikingBrain-76B.
+std::unique_ptr<Model> load_spikingbrain_moe(Context& ctx, const std::filesystem::path& dir, const LoadOptions& options);
+ModelOutline outline_spikingbrain_moe(const std::filesystem::path& dir);
+
 }  // namespace lacuna

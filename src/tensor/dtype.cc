@@ -59,4 +59,18 @@ float to_float(F16 x) {
   return std::bit_cast<float>(sign | ((exponent + 112u) << 23) | (mantissa << 13));
 }
 
+F16 to_f16(float x) {
+  const uint32_t u = std::bit_cast<uint32_t>(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return F16{static_cast<uint16_t>(sign | 0x7e00u)};
+  // 65520, halfway between the largest f16 and the next power of two, rounds to even: infinity.
+  if (magnitude >= 0x477ff000u) return F16{static_cast<uint16_t>(sign | 0x7c00u)};
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14 an f16 counts units of 2^-24; adding 1/2, whose last place is one such unit, rounds to them.
+    const float rounded = std::bit_cast<float>(magnitude) + 0.5f;
+    return F16{static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(rounded) - std::bit_cast<uint32_t>(0.5f)))};
+  }
+  const uint32_t rebased = magnitude - (112u << 23);
+  return F16{static_cast<uint16_t>(sign | ((rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13))};
+}
+
 }  // namespace lacuna

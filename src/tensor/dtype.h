@@ -31,5 +31,7 @@ inline BF16 to_bf16(float x) {
   if ((u & 0x7fffffffu) > 0x7f800000u) return BF16{static_cast<uint16_t>((u >> 16) | 0x40u)};
   return BF16{static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 }
+// Round to nearest even, beyond 65504 to infinity; NaN stays NaN.
+F16 to_f16(float x);
 
 }  // namespace lacuna

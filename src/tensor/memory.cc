@@ -1,14 +1,9 @@
 #include "tensor/memory.h"
 
-#include <cstdlib>
-
 #include "base/error.h"
+#include "tensor/blocks.h"
 
 namespace lacuna {
-namespace {
-constexpr size_t kAlignment = 64;  // one cache line, one AVX-512 register
-size_t rounded(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-}  // namespace
 
 std::string_view memory_tag_name(MemoryTag tag) {
   switch (tag) {
@@ -55,7 +50,7 @@ void* MemoryAccount::allocate(MemoryTag tag, size_t bytes) {
     total_.fetch_sub(bytes);
     throw;
   }
-  void* data = std::aligned_alloc(kAlignment, rounded(bytes ? bytes : 1));
+  void* data = take_block(bytes);
   if (!data) {
     at(tag).now.fetch_sub(bytes);
     total_.fetch_sub(bytes);
@@ -65,7 +60,7 @@ void* MemoryAccount::allocate(MemoryTag tag, size_t bytes) {
 }
 
 void MemoryAccount::release(MemoryTag tag, void* data, size_t bytes) noexcept {
-  std::free(data);
+  give_block(data, bytes);
   at(tag).now.fetch_sub(bytes);
   total_.fetch_sub(bytes);
 }

@@ -1,5 +1,7 @@
 #include "trace/trace.h"
 
+#include <algorithm>
+
 namespace lacuna {
 
 std::string_view op_kind_name(OpKind kind) {
@@ -13,6 +15,14 @@ void OpTotals::record(const OpRecord& r) {
   sums_[static_cast<size_t>(r.kind)] +=
       {1,             r.macs,   r.weight_bytes,    r.activation_bytes, r.kv_read_bytes, r.kv_write_bytes, r.state_bytes, r.inputs,
        r.silent_inputs, r.spikes, r.synaptic_ops, r.experts,          r.duration_ns};
+  if (r.layer < 0 || (r.kind != OpKind::kRouter && r.kind != OpKind::kExpert)) return;
+  const auto layer = static_cast<size_t>(r.layer), experts = static_cast<size_t>(r.n);
+  if (expert_tokens_.size() <= layer) expert_tokens_.resize(layer + 1);
+  std::vector<int64_t>& tokens = expert_tokens_[layer];
+  if (r.kind == OpKind::kRouter)
+    tokens.resize(std::max(tokens.size(), experts));
+  else if (experts < tokens.size())
+    tokens[experts] += r.m;
 }
 
 OpTotals::Sum& OpTotals::Sum::operator+=(const Sum& o) {

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <string_view>
+#include <vector>
 
 namespace lacuna {
 
@@ -21,7 +22,7 @@ std::string_view op_kind_name(OpKind kind);
 struct OpRecord {
   OpKind kind = OpKind::kGemm;
   int32_t layer = -1;
-  int64_t m = 0, n = 0, k = 0;       // problem size in the op's own terms
+  int64_t m = 0, n = 0, k = 0;       // problem size in the op's own terms; kExpert: m tokens of expert n
   int64_t macs = 0;                  // dense multiply-accumulates executed
   int64_t weight_bytes = 0;
   int64_t activation_bytes = 0;      // read + written
@@ -57,10 +58,17 @@ class OpTotals : public TraceSink {
   void record(const OpRecord& r) override;
   const Sum& of(OpKind kind) const { return sums_[static_cast<size_t>(kind)]; }
   Sum total() const;
-  void reset() { sums_ = {}; }
+  // Tokens that each expert of each layer ran: [layer][expert], from the records of kRouter (which say how
+  // many experts a layer has) and kExpert. Layers without experts are empty; none at all: an empty list.
+  const std::vector<std::vector<int64_t>>& expert_tokens() const { return expert_tokens_; }
+  void reset() {
+    sums_ = {};
+    expert_tokens_.clear();
+  }
 
  private:
   std::array<Sum, static_cast<size_t>(OpKind::kCount)> sums_{};
+  std::vector<std::vector<int64_t>> expert_tokens_;
 };
 
 }  // namespace lacuna

@@ -24,6 +24,8 @@ TEST(Registry, SwitchesAndBases) {
   EXPECT_EQ(make_policy("criticalkv:adakv:snapkv")->rule().scope, Scope::kLayer);
   EXPECT_EQ(make_policy("adakv:guarantee=0.3:laprox:gqa=exact")->rule().guarantee, 0.3);
   EXPECT_EQ(make_policy("adakv:pyramidkv")->rule().share, LayerShare::kPyramid);
+  EXPECT_FALSE(make_policy("pyramidkv")->rule().pyramid_holds_window);
+  EXPECT_TRUE(make_policy("pyramidkv:rule=kvpress")->rule().pyramid_holds_window);
 }
 
 TEST(Registry, ErrorsNameWhatIsAllowed) {

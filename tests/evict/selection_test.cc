@@ -231,17 +231,19 @@ RC_GTEST_PROP(Selection, MassKeepsTheShortestListThatReachesIt, ()) {
   }
 }
 
-std::vector<int64_t> pyramid(int64_t length, int64_t mean) {
+std::vector<int64_t> pyramid(int64_t length, int64_t mean, int layers = 5, int window = 0, bool holds_window = false) {
   SelectionRule rule;
+  rule.window = window;
+  rule.pyramid_holds_window = holds_window;
   rule.scope = Scope::kHead;
   rule.share = LayerShare::kPyramid;
   CacheSizes sizes;
-  sizes.length.assign(5, {length, length});
+  sizes.length.assign(static_cast<size_t>(layers), {length, length});
   BudgetPlan plan;
-  plan.keep = 5 * 2 * mean;
+  plan.keep = layers * 2 * mean;
   Selection s(rule, plan, sizes);
   HeadScores head;
-  for (int i = 0; i < length; ++i) {
+  for (int i = 0; i < length - window; ++i) {
     head.slot.push_back(i);
     head.position.push_back(i);
     head.score.push_back(1);
@@ -249,11 +251,11 @@ std::vector<int64_t> pyramid(int64_t length, int64_t mean) {
   LayerScores scores;
   scores.heads = {head, head};
   std::vector<int64_t> kept;
-  for (int l = 0; l < 5; ++l) {
+  for (int l = 0; l < layers; ++l) {
     s.add_layer(l, scores);
-    s.shrink(l == 4);
+    s.shrink(l == layers - 1);
   }
-  for (int l = 0; l < 5; ++l) kept.push_back(static_cast<int64_t>(s.layer(l).heads[0].slot.size()));
+  for (int l = 0; l < layers; ++l) kept.push_back(static_cast<int64_t>(s.layer(l).heads[0].slot.size()));
   return kept;
 }
 
@@ -263,6 +265,38 @@ TEST(Selection, PyramidFallsLinearlyWithDepth) {
   for (size_t l = 0; l < 5; ++l) EXPECT_NEAR(static_cast<double>(found[l]), static_cast<double>(expected[l]), 1) << l;
   // The first layer cannot hold more than it has: the slope gives way, the mean stays.
   EXPECT_EQ(pyramid(1000, 600), (std::vector<int64_t>{1000, 800, 600, 400, 200}));
+}
+
+// PyramidKVPress.get_layer_budget: slots of a layer, the window among them.
+double kvpress_budget(int layer, int layers, double n, double k, double window, double beta) {
+  double least = k / beta, most = 2 * k - least;
+  if (most >= n - window) {
+    most = n - window;
+    least = 2 * k - most;
+  }
+  if (!(n >= most && most >= least && least >= window)) return k;
+  return most - layer * (most - least) / (layers - 1);
+}
+
+TEST(Selection, PyramidFollowsKvpressOnRequest) {
+  EXPECT_TRUE(rc::check([] {
+    const int layers = *rc::gen::inRange(2, 12), window = *rc::gen::element(0, 8, 32, 64);
+    const auto length = *rc::gen::inRange<int64_t>(200, 3000);
+    const auto mean = *rc::gen::inRange<int64_t>(1, (length - window) * 9 / 10);
+    const auto found = pyramid(length, mean, layers, window, true);
+    for (int l = 0; l < layers; ++l) {
+      const double expected = kvpress_budget(l, layers, static_cast<double>(length), static_cast<double>(mean + window),
+                                             window, 20) -
+                              window;
+      // Whole slots, and no more than the candidates there are: what is over goes to the other layers.
+      if (expected <= static_cast<double>(length - window)) RC_ASSERT(std::abs(static_cast<double>(found[static_cast<size_t>(l)]) - expected) <= 1.0);
+    }
+  }));
+  // docs/policies.md: nine layers, 4096 tokens, 5 %, a window of 32 (205 slots a head).
+  const std::vector<int64_t> original = pyramid(4096, 173, 9, 32), kvpress = pyramid(4096, 173, 9, 32, true);
+  EXPECT_EQ(kvpress, std::vector<int64_t>(9, 173));
+  EXPECT_NEAR(static_cast<double>(original.front()), 337, 1);
+  EXPECT_NEAR(static_cast<double>(original.back()), 9, 1);
 }
 
 TEST(Selection, NanGoesFirst) {

@@ -2,6 +2,7 @@
 
 #include "formats/config.h"
 #include "formats/spikingbrain_config.h"
+#include "formats/spikingbrain_moe_config.h"
 #include "fuzz/fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -16,6 +17,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (!(config.gate_logit_normalizer > 0) || !std::isfinite(1 / config.gate_logit_normalizer)) std::abort();
     for (float f : lacuna::rope_frequencies(config.rope, config.head_dim, config.max_positions, 100'000).inv_freq)
       if (!std::isfinite(f)) std::abort();
+  });
+  lacuna::fuzz(data, size, [](std::string_view text) {
+    const auto config = lacuna::parse_spikingbrain_moe_config(lacuna::ConfigFile::parse(text, "fuzz"));
+    // What passes the checks must be a model that can be laid out.
+    if (config.heads % config.kv_heads != 0 || config.experts_per_token > config.experts ||
+        (config.experts > 0) != (config.experts_per_token > 0) ||
+        config.layer_window.size() != static_cast<size_t>(config.layers) ||
+        config.layer_dense.size() != static_cast<size_t>(config.layers))
+      std::abort();
+    for (int64_t window : config.layer_window)
+      if (window < 0) std::abort();
   });
   return lacuna::fuzz(data, size, [](std::string_view text) {
     const auto config = lacuna::parse_model_config(lacuna::ConfigFile::parse(text, "fuzz"));

@@ -96,6 +96,54 @@ TEST(Attention, MatchesDoubleForRandomShapes) {
   }
 }
 
+// Decode with narrow operands: two digits of a query and of a probability lose far less than bf16 would,
+// whatever the page, the group, an outlier among the query's channels.
+TEST(Attention, DecodeOverCodesIsAsGoodAsItsOperands) {
+  FOR_EACH_ISA(isa) {
+    EXPECT_TRUE(rc::check([] {
+      KvLayout layout;
+      layout.dtype = *rc::gen::element(DType::kBF16, DType::kI8);
+      layout.head_dim = *rc::gen::element(32, 64, 96, 128, 192, 256);
+      layout.page_slots = *rc::gen::element(1, 4, 10, 32, 48, 300);
+      const int group = *rc::gen::inRange(1, 17), kv_heads = *rc::gen::inRange(1, 3);
+      std::vector<int64_t> old;
+      for (int g = 0; g < kv_heads; ++g) old.push_back(*rc::gen::inRange<int64_t>(0, 1500));
+      const int64_t window = *rc::gen::element<int64_t>(0, 0, 0, 7, 300);
+      Sequence s(layout, old, group, 1, 2000, *rc::gen::arbitrary<uint32_t>() / 2);
+      const auto shape = shape_of(kv_heads, group, layout.head_dim, window);
+      Engine e(1, ActivationType::kBF16);
+      run(e, layout, shape, s);
+      RC_ASSERT(error_of(layout, shape, s) <= (layout.dtype == DType::kI8 ? 2e-4 : 6e-3) * max_value(s));
+      for (size_t i = 0; i < s.q.size(); i += static_cast<size_t>(layout.head_dim)) s.q[i] = 12;
+      run(e, layout, shape, s);
+      RC_ASSERT(error_of(layout, shape, s) <= (layout.dtype == DType::kI8 ? 6e-4 : 1e-2) * max_value(s));
+    }));
+  }
+}
+
+TEST(Attention, DecodeOverCodesKeepsNanAndHugeScores) {
+  FOR_EACH_ISA(isa) {
+    for (const DType dtype : {DType::kBF16, DType::kI8}) {
+      const KvLayout layout{dtype, 64, 32};
+      const auto shape = shape_of(1, 3, 64);
+      Engine e(1, ActivationType::kBF16);
+      Sequence s(layout, {200}, 3, 1, 300, 5);
+      for (size_t i = 0; i < 64; ++i) s.q[i] = i == 9 ? NAN : 1.0f;
+      for (size_t i = 64; i < 128; ++i) s.q[i] = 0;
+      for (size_t i = 128; i < 192; ++i) s.q[i] *= 300;
+      run(e, layout, shape, s);
+      for (size_t i = 0; i < 64; ++i) EXPECT_TRUE(std::isnan(s.out[i])) << i;
+      // A query of zeros sees the mean of all values; one with scores near 1000 hardly more than one slot.
+      for (size_t i = 0; i < 64; ++i) {
+        double mean = 0;
+        for (size_t t = 0; t < 201; ++t) mean += s.heads[0].v[t * 64 + i] / 201;
+        EXPECT_NEAR(s.out[64 + i], mean, dtype == DType::kI8 ? 1e-5 : 1e-3) << i;
+        EXPECT_TRUE(std::isfinite(s.out[128 + i])) << i;
+      }
+    }
+  }
+}
+
 TEST(Attention, LongHeadsAreSplitAndMerged) {
   FOR_EACH_ISA(isa) {
     for (const DType dtype : kCacheTypes)

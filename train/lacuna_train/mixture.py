@@ -23,6 +23,9 @@ LONGEST_SHARE = {512: 1.0, 1024: 0.6, 2048: 0.5, 4096: 0.45, 8192: 0.4, 16384: 0
 
 # Steps that train for eviction (see evict.py): from this share of the run on, so many of all steps.
 EVICT_FROM, EVICT_SHARE = 0.50, 0.12
+LOOK_WEIGHT = 0.1  # of the look-ahead loss
+
+VARY = 0.6  # of the task documents: wordings put together from parts (variations.py)
 
 WEIGHT_FRAME = 0.1
 ANSWER_SHARE = 0.4  # of the weight of everything else in the batch
@@ -36,7 +39,7 @@ def longest_length(progress):
     return next(length for until, length in STAGES if progress < until)
 
 
-def draw_step(rng, progress, longest_allowed=LENGTHS[-1]):
+def draw_step(rng, progress, longest_allowed=LENGTHS[-1], evict_share=EVICT_SHARE):
     """(kind, row length) of a step at this share of the run."""
     longest = min(longest_length(progress), longest_allowed)
     shorter = [n for n in LENGTHS if n < longest]
@@ -46,7 +49,7 @@ def draw_step(rng, progress, longest_allowed=LENGTHS[-1]):
         # The longer of the rest more often: 4k and 8k are what most users have.
         weights = np.arange(1, len(shorter) + 1, dtype=float)
         length = shorter[int(rng.choice(len(shorter), p=weights / weights.sum()))]
-    evict = progress >= EVICT_FROM and length >= 1024 and rng.random() < EVICT_SHARE
+    evict = progress >= EVICT_FROM and length >= 1024 and rng.random() < evict_share
     return ("evict" if evict else "pack"), length
 
 
@@ -126,7 +129,8 @@ class Mixture:
                 if task == "plain":
                     break
                 try:
-                    example = self.maker.make(task, rng, size, questions=questions, whole=not single_question, **changes)
+                    example = self.maker.make(task, rng, size, questions=questions,
+                                              whole=not single_question, vary=VARY, **changes)
                 except ValueError:
                     continue  # this draw does not fit this size, or its passage has no gap to ask for
                 classes = example.classes

@@ -1,4 +1,4 @@
-"""Muon for the layers' matrices, AdamW for everything else."""
+"""Muon for the layers' matrices, AdamW for everything else, the low-rank gates of linear attention among it."""
 import torch
 
 # Quintic iteration towards the polar factor, five times (K. Jordan's Muon). It takes
@@ -79,7 +79,7 @@ def drop_bad_gradients(parameters):
 
 def make_optimizers(model, extra, muon_lr, adam_lr):
     """`extra` are parameters that do not ship (the look-ahead matrix); AdamW steps them too."""
-    matrices = [(n, p) for n, p in model.layers.named_parameters() if p.ndim == 2]
+    matrices = [(n, p) for n, p in model.layers.named_parameters() if p.ndim == 2 and "gk_proj" not in n]
     chosen = {id(p) for _, p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen] + list(extra)
     cuda = rest[0].is_cuda

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .tokenizer import EOS_ID, load_tokenizer
+from .variations import Variations
 
 # Loss classes of tokens; mixture.py gives them weights.
 HIDDEN, FRAME, TEXT, ANSWER = 0, 1, 2, 3
@@ -76,6 +77,7 @@ class TaskMaker:
         self.books = books
         self.lists = self.spec["lists"]
         self.tasks = self.spec["tasks"]
+        self.variations = Variations(Path(spec_path).with_name("variations.json"), self.spec["wordings"])
         self._cache = {}
         self._parts = {}
         # What stands between {context} and {question}, and between the two lines after it.
@@ -197,7 +199,7 @@ class TaskMaker:
         return context.add(ids[last:cut].tolist(), TEXT)
 
     def noise_context(self, rng, budget, needles, depths, split):
-        sentences = self.pick(rng, self.spec["noise"][split])
+        sentences = self.variations.noise(rng) if self._vary_noise else self.pick(rng, self.spec["noise"][split])
         room = budget - sum(len(n) for n in needles)
         first = self.encode(sentences[0])
         rest = [self.encode(" " + s) for s in sentences]
@@ -253,10 +255,17 @@ class TaskMaker:
         out.add([EOS_ID], FRAME)
         return Example(task, np.array(out.ids, np.uint16), np.array(out.classes, np.uint8), questions)
 
-    def make(self, task, rng, length, split="train", questions=1, whole=False, depths=None, **changes):
-        """An example of `task`; `changes` replace fields of its definition (training varies them)."""
+    def make(self, task, rng, length, split="train", questions=1, whole=False, depths=None, vary=0.0, **changes):
+        """An example of `task`; `changes` replace fields of its definition (training varies them).
+
+        `vary`: how often the wording, and the noise, are put together from parts instead of taken from the lists.
+        """
         spec = {**self.tasks[task], **changes}
-        wording = self.pick(rng, self.spec["wordings"][spec["wording"]][split])
+        if vary and rng.random() < vary:
+            wording = self.variations.wording(rng, spec["wording"])
+        else:
+            wording = self.pick(rng, self.spec["wordings"][spec["wording"]][split])
+        self._vary_noise = vary and rng.random() < vary
         return self._makers[spec["wording"]](task, spec, wording, rng, length, split, questions, whole, depths)
 
     # -- the tasks ---------------------------------------------------------

@@ -1,8 +1,8 @@
 """The training loop: right for any number of GPUs under torchrun, resumable, ended by the clock.
 
 Everything that changes over the run (lengths, learning rate, when int8 rounding
-starts) is a function of `progress`, the share of --total-seconds of training time
-that is over; a checkpoint carries the time, so a resumed run goes on where it was.
+starts) is a function of `progress`, the share of --total-seconds of training time, or
+of --token-budget, that is over; a checkpoint carries both, so a resumed run goes on where it was.
 """
 import json
 import math
@@ -17,35 +17,31 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from . import evict
+from .check import check
 from .feed import Feed, slot_arrays
 from .mixture import draw_step
-from .model import Decoder, ModelConfig, count_parameters, rms_norm, used
+from .model import count_parameters, rms_norm, used
 from .optim import drop_bad_gradients, make_optimizers
+from .recipe import Clock, recipe_of
 from .tasks import ANSWER, TEXT
 
-LOOK_FROM, LOOK_WEIGHT = 0.15, 0.1
 REPLY_WEIGHT = 0.3
-DECAY_FROM = 0.45
-ROUND_FROM = 0.8
 SAVE_SECONDS = 8  # kept free at the end of a call for the checkpoint
+CHECK_STEP = 10 ** 9  # batches of the check are none of the run's
 AHEAD = 24  # steps requested from the data workers before they are needed
-
-
-def learning_rate_factor(progress):
-    """1, then linearly to 0 at the end of the run."""
-    return 1.0 if progress < DECAY_FROM else max(0.0, (1.0 - progress) / (1.0 - DECAY_FROM))
 
 
 class Step:
     """Forward, losses and backward of one batch; captured as a CUDA graph per kind and length."""
 
-    def __init__(self, model, bridge, device, tokens):
+    def __init__(self, model, bridge, device, tokens, teacher=None, distill=0.0):
         self.model, self.bridge, self.device = model, bridge, device
+        self.teacher, self.distill = teacher, distill
         host, _ = slot_arrays(tokens)
         self.batch = {k: torch.from_numpy(v).to(device) for k, v in host.items()}
         self.scalars = {k: torch.zeros((), device=device) for k in ("look", "share", "temperature", "laprox")}
-        # Sums and counts of the losses of text, answers, replies after eviction, and looks.
-        self.sums = torch.zeros(8, dtype=torch.float64, device=device)
+        # Sums and counts of the losses of text, answers, replies after eviction, looks, and of the teacher's divergence.
+        self.sums = torch.zeros(10, dtype=torch.float64, device=device)
         self.parameters = [p for p in model.parameters()] + [bridge]
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
@@ -59,7 +55,7 @@ class Step:
         """From the end of a question, predict the set of the answer's tokens (through a matrix that does not ship)."""
         b, m = self.batch, self.model
         h = rms_norm(x[b["look_at"].long()], m.norm.weight, m.config.rms_norm_eps, m.compute)
-        logits = h @ self.bridge.to(m.compute) @ used(m.embed_tokens.weight, m.rounding, m.compute).T
+        logits = h @ self.bridge.to(m.compute) @ used(m.table, m.rounding, m.compute).T
         return -(logits.float().log_softmax(-1).gather(1, b["look_ids"].long()) * b["look_weights"]).sum()
 
     def reply_loss(self, ids, watched):
@@ -93,9 +89,16 @@ class Step:
             watched.append((k, v, *evict.window_scores(q, k, v, wo, lengths)))
 
         x = m.run(ids, watch if kind == "evict" else None)
-        losses = m.losses(x, b["targets"].long())
+        if self.teacher is None:
+            losses, divergence = m.losses(x, b["targets"].long()), None
+            loss = (losses * b["weights"]).sum()
+        else:
+            with torch.no_grad():
+                aim = self.teacher.run(ids)
+            losses, divergence = m.losses_and_divergence(x, b["targets"].long(), aim, self.teacher)
+            loss = ((losses + self.distill * divergence) * b["weights"]).sum()
         look = self.look_loss(x)
-        loss = (losses * b["weights"]).sum() + self.scalars["look"] * look
+        loss = loss + self.scalars["look"] * look
         with torch.no_grad():
             text, answers = b["classes"] == TEXT, b["classes"] == ANSWER
             sums = [(losses * text).sum(), text.sum(), (losses * answers).sum(), answers.sum()]
@@ -106,31 +109,36 @@ class Step:
         else:
             sums += [torch.zeros((), device=x.device)] * 2
         sums += [look.detach(), torch.ones((), device=x.device)]
+        with torch.no_grad():
+            weights = b["weights"]
+            sums += [(divergence * weights).sum() if divergence is not None else torch.zeros((), device=x.device), weights.sum()]
         loss.backward()
         self.sums += torch.stack([s.double() for s in sums])
+
+    def capture(self, kind, length):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        kept = self.sums.clone()
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.body(kind, length)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Graphs share memory: they never run at the same time and nothing in it outlives a replay.
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.body(kind, length)
+        self.pool = self.pool or graph.pool()
+        self.graphs[kind, length] = graph
+        self.sums.copy_(kept)
 
     def __call__(self, kind, length):
         if self.device.type != "cuda":
             self.body(kind, length)
             return
-        graph = self.graphs.get((kind, length))
-        if graph is None:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            kept = self.sums.clone()
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    self.body(kind, length)
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Graphs share memory: they never run at the same time and nothing in it outlives a replay.
-            with torch.cuda.graph(graph, pool=self.pool):
-                self.body(kind, length)
-            self.pool = self.pool or graph.pool()
-            self.graphs[kind, length] = graph
-            self.sums.copy_(kept)
-        graph.replay()
+        if (kind, length) not in self.graphs:
+            self.capture(kind, length)
+        self.graphs[kind, length].replay()
 
 
 class Update:
@@ -194,27 +202,16 @@ class Update:
                     own[name] = value.clone()
 
 
-class Clock:
-    """Training time: what earlier calls used plus this call's, counted from its first step."""
-
-    def __init__(self, before, total):
-        self.before, self.total, self.start = before, total, None
-
-    def begin(self):
-        self.start = time.monotonic()
-
-    def seconds(self):
-        return self.before + (time.monotonic() - self.start if self.start else 0.0)
-
-    def progress(self):
-        return self.seconds() / self.total
-
-
 def save_checkpoint(path, model, bridge, update, state):
     temporary = path.with_suffix(".part")
     torch.save({"config": model.config.to_dict(), "model": model.state_dict(), "bridge": bridge.detach(),
                 "update": update.state_dict(), **state}, temporary)
     temporary.replace(path)
+
+
+def peak_memory(device):
+    """Bytes, 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def start_device():
@@ -230,14 +227,14 @@ def start_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu"), 0, 1
 
 
-def plan_step(seed, step, progress, ranks, longest):
+def plan_step(seed, step, progress, ranks, longest, draw=draw_step):
     """(kind, length, progress) of a step, the same on every rank."""
     if ranks > 1:
         shared = torch.tensor([progress], dtype=torch.float64)
         shared = shared.cuda() if torch.cuda.is_available() else shared
         dist.broadcast(shared, 0)
         progress = float(shared)
-    kind, length = draw_step(np.random.default_rng([seed, 7, step]), progress, longest)
+    kind, length = draw(np.random.default_rng([seed, 7, step]), progress, longest)
     return kind, length, progress
 
 
@@ -259,12 +256,13 @@ def train(args):
 def run(args, begun, out, device, rank, ranks, feed):
     torch.manual_seed(args.seed)
     cuda = device.type == "cuda"
-    config = ModelConfig(hidden_size=args.hidden, intermediate_size=args.intermediate, num_hidden_layers=args.layers,
-                         num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, vocab_size=args.vocab)
-    model = Decoder(config, torch.bfloat16 if cuda else torch.float32, compiled=cuda).to(device)
+    recipe = recipe_of(args)
+    compute = torch.bfloat16 if cuda else torch.float32
+    model = recipe.model(compute, cuda, device)
+    config = model.config
     bridge = torch.nn.Parameter(torch.eye(config.hidden_size, device=device))
-    step_of = Step(model, bridge, device, args.tokens)
-    update = Update(model, bridge, args.muon_lr, args.adam_lr)
+    step_of = Step(model, bridge, device, args.tokens, recipe.teacher(compute, cuda, device), args.distill)
+    update = Update(model, bridge, args.muon_lr or recipe.muon_lr, args.adam_lr or recipe.adam_lr)
     checkpoint = out / "checkpoint.pt"
     state = {"step": 0, "tokens": 0, "seconds": 0.0}
     if checkpoint.exists():
@@ -275,7 +273,6 @@ def run(args, begun, out, device, rank, ranks, feed):
         bridge.data.copy_(saved["bridge"])
         update.load_state_dict(saved["update"])
         state = {k: saved[k] for k in state}
-    clock = Clock(state["seconds"], args.total_seconds)
     deadline = begun + args.seconds - SAVE_SECONDS
     log = open(out / "log.jsonl", "a") if rank == 0 else None
 
@@ -288,21 +285,42 @@ def run(args, begun, out, device, rank, ranks, feed):
     say(event="start", parameters=count_parameters(model), ranks=ranks, device=str(device), resumed_at=state["step"])
     asked = step = state["step"]
     tokens = state["tokens"]
+    if cuda:  # compiling is no training
+        for length in recipe.lengths:
+            step_of.capture("pack", length)
+    if args.check:
+        def batch_of(length):
+            feed.request(CHECK_STEP + length, "pack", length, recipe.mix(0.0))
+            _, _, _, arrays, release = feed.next()
+            step_of.load(arrays)
+            release()
+
+        check(model, step_of, recipe.lengths or (args.longest,), args.tokens, batch_of, device, say)
+        if args.check == "only":
+            return
+    total = args.total_seconds
+    if args.end_with_call:
+        total = min(total, state["seconds"] + deadline - time.monotonic())
+    clock = Clock(state["seconds"], total, args.token_budget)
+    say(event="ready", wall=time.monotonic() - begun, total_seconds=total, memory=peak_memory(device))
     clock.begin()
     logged, last = time.monotonic(), (step, tokens)
     saved_at = logged
     while True:
         while feed.wants() and asked - step < AHEAD:
-            kind, length, progress = plan_step(args.seed, asked, min(clock.progress(), 1.0), ranks, args.longest)
-            feed.request(asked, kind, length, progress)
+            ahead = min(clock.progress(tokens + (asked - step) * args.tokens * ranks), 1.0)
+            kind, length, progress = plan_step(args.seed, asked, ahead, ranks, args.longest, recipe.draw)
+            feed.request(asked, kind, length, recipe.mix(progress))
             asked += 1
         _, kind, length, arrays, release = feed.next()
         step_of.load(arrays)
         release()
-        progress = clock.progress()
+        progress = clock.progress(tokens)
         draw = np.random.default_rng([args.seed, 8, step])
-        model.rounding.fill_(float(progress >= ROUND_FROM))
-        step_of.scalars["look"].fill_(LOOK_WEIGHT if progress >= LOOK_FROM else 0.0)
+        model.rounding.fill_(recipe.rounding(progress))
+        if model.coded:
+            model.spike_k.fill_(recipe.spiking(progress))
+        step_of.scalars["look"].fill_(recipe.look(progress))
         step_of.scalars["share"].fill_(math.exp(draw.uniform(math.log(0.03), math.log(0.3))))
         step_of.scalars["temperature"].fill_(math.exp(draw.uniform(math.log(0.15), 0.0)))
         step_of.scalars["laprox"].fill_(float(draw.random() < 0.5))
@@ -311,24 +329,25 @@ def run(args, begun, out, device, rank, ranks, feed):
             for p in step_of.parameters:
                 dist.all_reduce(p.grad)
                 p.grad.div_(ranks)
-        update(learning_rate_factor(progress))
+        update(recipe.rate(progress))
         step += 1
         tokens += args.tokens * ranks
         now = time.monotonic()
-        ended = progress >= 1.0 or now >= deadline or step >= args.steps
+        ended = clock.progress(tokens) >= 1.0 or now >= deadline or step >= args.steps
         if ranks > 1:  # one rank's clock decides for all
             flag = torch.tensor([float(ended)], device=device)
             dist.broadcast(flag, 0)
             ended = bool(flag.item())
         if now - logged >= args.log_seconds or ended:
-            text, texts, answer, answers, reply, replies, look, looks = step_of.sums.tolist()
+            text, texts, answer, answers, reply, replies, look, looks, teach, taught = step_of.sums.tolist()
             step_of.sums.zero_()
-            if not math.isfinite(text + answer + reply + look):  # gradients were dropped, so the weights are bad
+            if not math.isfinite(text + answer + reply + look + teach):  # gradients were dropped, so the weights are bad
                 raise FloatingPointError(f"the loss is not finite at step {step}")
-            say(step=step, seconds=clock.seconds(), progress=clock.progress(), tokens=tokens,
+            more = {"divergence": teach / max(taught, 1e-9)} if step_of.teacher else {}
+            say(step=step, seconds=clock.seconds(), progress=clock.progress(tokens), tokens=tokens,
                 text=text / max(texts, 1), answer=answer / max(answers, 1), reply=reply / max(replies, 1),
                 look=look / max(looks, 1), dropped=int(update.dropped), longest=length, waiting=len(feed.done),
-                rate=(tokens - last[1]) / (time.monotonic() - logged))
+                rate=(tokens - last[1]) / (time.monotonic() - logged), **more)
             logged, last = time.monotonic(), (step, tokens)
         if ended:
             break
@@ -341,6 +360,6 @@ def run(args, begun, out, device, rank, ranks, feed):
     state = {"step": step, "tokens": tokens, "seconds": clock.seconds()}
     if rank == 0:
         save_checkpoint(checkpoint, model, bridge, update, state)
-        say(event="saved", finished=clock.progress() >= 1.0, wall=time.monotonic() - begun, **state)
+        say(event="saved", finished=clock.progress(tokens) >= 1.0, wall=time.monotonic() - begun, memory=peak_memory(device), **state)
         log.close()
     sys.stdout.flush()

@@ -3,6 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+torch.set_num_threads(1)  # for tensors this small, threads that wait for each other cost more than they give
 
 TRAIN = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TRAIN))

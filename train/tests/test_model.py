@@ -103,7 +103,7 @@ def test_decoding_equals_running_the_whole_sequence():
     model = small_model()
     prompts = [np.arange(1, 50) % 100, np.arange(7, 70) % 90]
     generator = Generator(model, torch.device("cpu"))
-    generator.prefill(prompts, 6, [0.9], True)
+    generator.prefill(prompts, 6, True)
     replies = generator.decode(6, -1)
     for prompt, reply in zip(prompts, replies):
         ids = torch.tensor(prompt)[None]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import PROMPTS
 
-from lacuna_train.evaluate import score
+from lacuna_train.evaluate import depths_at, needles_of, score
 from lacuna_train.tasks import ANSWER, TASKS_OF_THE_MEAN
 
 TASKS = list(json.loads(PROMPTS.read_text(encoding="utf-8"))["tasks"])
@@ -21,16 +21,30 @@ def test_the_mean_is_over_every_task_but_qa():
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("split", ["train", "held_out"])
-def test_pieces_are_the_tokenisation_of_the_whole_text(maker, task, split):
-    for seed, length in ((1, 600), (2, 2048)):
-        example = maker.make(task, np.random.default_rng(seed), length, split=split)
+@pytest.mark.parametrize("split, vary", [("train", 0.0), ("held_out", 0.0), ("train", 1.0)])
+def test_pieces_are_the_tokenisation_of_the_whole_text(maker, task, split, vary):
+    for seed, length in ((1, 600), (2, 2048)) + (((3, 600), (4, 600), (5, 600), (6, 600)) if vary else ()):
+        example = maker.make(task, np.random.default_rng(seed), length, split=split, vary=vary)
         text = text_of(maker, example.ids)
         assert maker.tokenizer.encode(text, add_special_tokens=False).ids == example.ids.tolist()
         prompt = example.prompt()
         assert len(prompt) <= length
         assert len(prompt) >= 0.75 * length
         assert text_of(maker, prompt).endswith(":")
+
+
+def test_varied_wordings_never_repeat_held_out_ones(maker):
+    """Unseen wordings stay unseen: no part that training can draw is a part of a held-out wording."""
+    def texts(part):
+        return [t for v in part.values() for t in texts(v)] if isinstance(part, dict) else [part]
+    for family, wordings in maker.spec["wordings"].items():
+        held = {t for w in wordings["held_out"] for t in texts(w)} - {t for w in wordings["train"] for t in texts(w)}
+        drawn = {t for seed in range(3000)
+                 for t in texts(maker.variations.wording(np.random.default_rng(seed), family))}
+        assert len(drawn) > 50
+        assert not held & drawn
+    held = {s for sentences in maker.spec["noise"]["held_out"] for s in sentences}
+    assert not held & set(maker.variations.sentences)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -114,3 +128,17 @@ def test_impossible_requests_end(maker):
 def test_every_digit_group_is_one_token(maker):
     for text in [f"{i:03d}" for i in range(1000)] + [f"{i:02d}" for i in range(100)]:
         assert len(maker.tokenizer.encode(text, add_special_tokens=False).ids) == 1
+
+
+def test_distances_place_needles_inside_or_beyond_a_window(maker):
+    """As evaluate --distance does it, in tokens before the prompt's end."""
+    for task, low, high in (("single_number_book", 0, 300), ("multikey_4", 700, 1500), ("passkey", 0, 300), ("passkey", 700, 1500)):
+        for seed in range(4):
+            rng = np.random.default_rng(seed)
+            depths = depths_at((low, high), 1500, needles_of(maker.tasks[task]), rng)
+            example = maker.make(task, rng, 1500, depths=depths)
+            prompt = text_of(maker, example.prompt())
+            for reference in example.questions[0].references:
+                behind = len(maker.encode(prompt[prompt.index(reference):]))
+                assert low - 60 <= behind <= high + 150  # needles go between sentences, and the question follows
+    assert needles_of(maker.tasks["multivalue"]) == 4 and needles_of(maker.tasks["json_lookup"]) == 0

@@ -12,7 +12,8 @@ from lacuna_train.feed import batch_rng, slot_arrays
 from lacuna_train.mixture import ANSWER_CAP, LENGTHS, Mixture, draw_step, longest_length
 from lacuna_train.model import Decoder, ModelConfig
 from lacuna_train.tasks import ANSWER, TaskMaker
-from lacuna_train.trainer import Clock, Step, Update, learning_rate_factor, plan_step
+from lacuna_train.recipe import Clock, learning_rate_factor
+from lacuna_train.trainer import Step, Update, plan_step
 
 TOKENS = 2048
 

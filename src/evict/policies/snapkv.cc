@@ -6,6 +6,8 @@
 namespace lacuna {
 namespace {
 
+constexpr std::string_view kRules[] = {"original", "kvpress"};
+
 class SnapKV : public NamedPolicy {
  public:
   SnapKV(PolicyOptions& options, bool pyramid) {
@@ -15,6 +17,7 @@ class SnapKV : public NamedPolicy {
     if (pyramid) {
       rule_.share = LayerShare::kPyramid;
       rule_.pyramid_beta = options.number("beta", 20, 1, 1e6);
+      rule_.pyramid_holds_window = options.choice("rule", kRules) == 1;
     }
     options.done();
     name_ = options.canonical();

@@ -146,16 +146,16 @@ inline void put(void* p, Vec x, Vec y) {
   }
 }
 
-// Sixteen rows at a time: what a row needs once (two horizontal folds, the maximum's update, an
+// 4 * kFours rows at a time: what a row needs once (two horizontal folds, the maximum's update, an
 // exponential) costs as much as three vectors of probabilities, unless sixteen rows share it.
-template <bool kPairs>
+template <bool kPairs, int kFours>
 void softmax_rows(const SoftmaxStep& s, int first, int rows) {
   constexpr int kDegree = kPairs ? 3 : 5;
   constexpr int64_t kElement = kPairs ? 2 : 4;
   const auto full = [&](int i) { return s.begin[i] <= s.from && s.end[i] >= s.to; };
   const Vec scale = set1(s.scale);
-  Vec part[16];
-  for (int i = 0; i < 16; ++i) part[i] = set1(kMinusInf);
+  Vec part[4 * kFours];
+  for (int i = 0; i < 4 * kFours; ++i) part[i] = set1(kMinusInf);
   for (int i = 0; i < rows; ++i) {
     const float* row = s.scores + (first + i) * s.ld;
     const int begin = s.begin[first + i], end = s.end[first + i];
@@ -172,14 +172,14 @@ void softmax_rows(const SoftmaxStep& s, int first, int rows) {
     part[i] = vmax(x, y);
   }
   const Vec before = load_part(s.max + first, rows);
-  const Vec now = vmax(before, maxima_of(part) * scale);
+  const Vec now = vmax(before, maxima_of<kFours>(part) * scale);
   // Equal also where nothing was or is visible: both are -inf, whose difference is NaN.
   const __mmask16 same = _mm512_cmp_ps_mask(before.v, now.v, _CMP_EQ_OQ);
   const Vec shrink = {_mm512_mask_mov_ps(exp2<5>(before - now).v, same, set1(1.0f).v)};
   store_part(s.max + first, now, rows);
   store_part(s.shrink + first, shrink, rows);
 
-  for (int i = 0; i < 16; ++i) part[i] = zero();
+  for (int i = 0; i < 4 * kFours; ++i) part[i] = zero();
   for (int i = 0; i < rows; ++i) {
     const float* row = s.scores + (first + i) * s.ld;
     auto* p = static_cast<std::byte*>(s.p) + (first + i) * s.ld * kElement;
@@ -206,12 +206,20 @@ void softmax_rows(const SoftmaxStep& s, int first, int rows) {
     }
     part[i] = u + v;
   }
-  store_part(s.sum + first, fma(load_part(s.sum + first, rows), shrink, sums_of(part)), rows);
+  store_part(s.sum + first, fma(load_part(s.sum + first, rows), shrink, sums_of<kFours>(part)), rows);
 }
 
 template <bool kPairs>
 void softmax_tile(const SoftmaxStep& s) {
-  for (int i = 0; i < s.rows; i += 16) softmax_rows<kPairs>(s, i, s.rows - i < 16 ? s.rows - i : 16);
+  for (int i = 0; i < s.rows; i += 16) {
+    const int rows = s.rows - i < 16 ? s.rows - i : 16;
+    if (rows <= 4)
+      softmax_rows<kPairs, 1>(s, i, rows);
+    else if (rows <= 8)
+      softmax_rows<kPairs, 2>(s, i, rows);
+    else
+      softmax_rows<kPairs, 4>(s, i, rows);
+  }
 }
 
 constexpr TileOps kTileBf16 = {2, kPanel, rows_bf16, pack_keys_bf16, pack_values_bf16, scores_bf16, values_bf16,
@@ -227,7 +235,14 @@ constexpr AttentionOps kBf16Ops = with_tiles(kF32Ops, &kTileBf16);
 }  // namespace
 
 const AttentionOps& attention_ops_avx512() { return kOps; }
-const AttentionOps& attention_ops_avx512_bf16() { return kBf16Ops; }
+const AttentionOps& attention_ops_avx512_bf16() {
+  static const AttentionOps ops = [] {
+    AttentionOps o = kBf16Ops;
+    o.narrow = &attention_narrow_avx512();
+    return o;
+  }();
+  return ops;
+}
 
 }  // namespace lacuna::cpu
 

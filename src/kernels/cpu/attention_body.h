@@ -229,7 +229,7 @@ void add_exponentials(const float* scores, int64_t count, float scale, float max
 [[gnu::always_inline]] inline void prefetch(const void* next, int64_t offset, int64_t bytes) {
   if (!next) return;
   // Rows shorter than a line ask for it more than once, which costs an instruction, not a transfer.
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(next) + offset + b);
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(next) + offset + b, 0, 2);
 }
 
 // Queries that share a pass over the keys or values: each is then loaded and widened once for all of
@@ -443,5 +443,5 @@ float encode_row(const float* x, int d, DType dtype, void* codes) {
 
 inline constexpr TileOps kTileF32 = {4, kPanel, rows_f32, pack_keys_f32, pack_values_f32, scores_f32, values_f32,
                                      softmax_f32};
-inline constexpr AttentionOps kF32Ops = {kTileF32, nullptr, stream_scores, stream_values, scale_row, add_row,
+inline constexpr AttentionOps kF32Ops = {kTileF32, nullptr, nullptr, stream_scores, stream_values, scale_row, add_row,
                                          encode_row, exponentials, add_exponentials, max_of};

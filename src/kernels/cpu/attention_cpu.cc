@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <numeric>
 
 namespace lacuna::cpu {
 namespace {
@@ -27,6 +28,9 @@ constexpr int64_t kFetchAhead = 6 * 1024;
 // bounds the partial results.
 constexpr int64_t kChunkSlots = 1024;
 constexpr int64_t kMaxChunks = 32;
+// Elements of a piece of merge_attention: a few microseconds.
+constexpr int64_t kMergeElements = 16384;
+constexpr float kLn2 = 0.693147180559945309f;
 
 // The work of one thread at a time.
 struct Item {
@@ -48,6 +52,7 @@ struct Job {
   std::span<const AttentionSequence> sequences;
   const AttentionOps& ops;
   const TileOps& tile;
+  const NarrowOps* narrow_ops;  // null: operands stay f32
   AttentionCounts& counts;
   int64_t group;    // query heads to a KV head
   int64_t ld;       // stride of rows of d elements
@@ -65,8 +70,19 @@ struct Job {
   float* output(const AttentionSequence& s, int64_t head, int64_t token) const {
     return s.out + token * out_stride + head * group * d();
   }
+  // Where the query heads of a group want their logarithms; null if nowhere.
+  float* lse(const AttentionSequence& s, int64_t head, int64_t token) const {
+    return s.lse ? s.lse + token * shape.query_heads + head * group : nullptr;
+  }
+  // Slots that a token of a sequence sees end here.
+  int64_t end(const AttentionSequence& s, const KvHeadView& h, int64_t token) const {
+    return shape.causal ? h.length - s.tokens + token + 1 : h.length;
+  }
   int64_t rows(const Item& item) const { return (item.token_end - item.token_begin) * group; }
   bool streams(const Item& item) const { return rows(item) <= kStreamRows; }
+  bool narrow(const Item& item) const {
+    return narrow_ops && narrow_ops->takes(layout.dtype, static_cast<int>(rows(item)), d());
+  }
   // Sums [rows, ld], then maxima [rows], then sums of p [rows].
   int64_t partial_size(int64_t rows) const { return rows * (ld + 2); }
 };
@@ -94,7 +110,7 @@ void visible_slots(const Job& job, const Item& item, int64_t* begin, int64_t* en
   for (int64_t t = item.token_begin; t < item.token_end; ++t) {
     lo = first_visible(job.layout, head, lo, s.first_position + t, job.shape.window);
     const int64_t b = std::min(lo, item.slot_end);
-    const int64_t e = std::max(b, std::min(item.slot_end, head.length - s.tokens + t + 1));
+    const int64_t e = std::max(b, std::min(item.slot_end, job.end(s, head, t)));
     *begin++ = b;
     *end++ = e;
     pairs += e - b;
@@ -119,7 +135,7 @@ void row_ranges(const int64_t* begin, const int64_t* end, int64_t row, int64_t n
 // What an item takes from its thread's workspace; 64 bytes for each part cover the alignment.
 int64_t workspace_bytes(const Job& job, const Item& item) {
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), element = job.tile.element;
-  if (job.streams(item)) return 10 * 64 + rows * (2 * job.ld * 4 + kStreamTile * 4 + 20) + tokens * 16;
+  if (job.streams(item)) return 13 * 64 + rows * (3 * job.ld * 4 + kStreamTile * 6 + 96) + tokens * 16;
   return 14 * 64 + rows * (job.ld * (element + 4) + 8) + 3 * kKeyTile * job.ld * element + kRowBlock * kKeyTile * 8 +
          kRowBlock * 12 + tokens * 16;
 }
@@ -135,9 +151,11 @@ void finish(const Job& job, const Item& item, const float* sums, const float* ma
     std::copy_n(total, rows, p + rows * (job.ld + 1));
     return;
   }
-  for (int64_t i = 0; i < rows; ++i)
-    job.ops.scale_row(sums + i * job.ld, 1.0f / total[i], job.d(),
-                      job.output(s, item.head, item.token_begin + i / job.group) + i % job.group * job.d());
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t token = item.token_begin + i / job.group, j = i % job.group;
+    job.ops.scale_row(sums + i * job.ld, 1.0f / total[i], job.d(), job.output(s, item.head, token) + j * job.d());
+    if (float* lse = job.lse(s, item.head, token)) lse[j] = (max[i] + std::log2(total[i])) * kLn2;
+  }
 }
 
 void blocked_item(Context& ctx, const Job& job, const Item& item, int thread) {
@@ -228,38 +246,66 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
   auto* row_end = carve.take<int32_t>(rows);
   auto* begin = carve.take<int64_t>(tokens);
   auto* end = carve.take<int64_t>(tokens);
+  const auto m = static_cast<int>(rows);
+  const DType dtype = job.layout.dtype;
+  const NarrowOps* narrow = job.narrow(item) ? job.narrow_ops : nullptr;
+  auto* narrow_q = carve.take<std::byte>(narrow ? narrow->query_bytes(dtype, m, job.d()) : 0);
+  // Probabilities in bf16 pairs lie apart from the scores.
+  const bool pairs = narrow && dtype == DType::kBF16;
+  auto* narrow_p = carve.take<uint16_t>(pairs ? rows * kStreamTile : 0);
+  auto* narrow_total = carve.take<float>(narrow ? rows * 16 : 0);
 
   for (int64_t t = 0; t < tokens; ++t)
     job.ops.f32.rows(DType::kF32, job.query(s, item.head, item.token_begin + t), nullptr, job.group, job.d(),
                      q + t * job.group * ld, ld);
+  if (narrow) narrow->prepare(dtype, q, ld, m, job.d(), narrow_q);
   std::fill_n(sums, rows * ld, 0.0f);
   std::fill_n(max, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(total, rows, 0.0f);
   visible_slots(job, item, begin, end);
 
-  const auto m = static_cast<int>(rows);
+  std::fill_n(narrow_total, narrow ? rows * 16 : 0, 0.0f);
+  void* p = pairs ? static_cast<void*>(narrow_p) : scores;
   const int64_t last = end[tokens - 1];
   for (int64_t slot = begin[0], slot_end; slot < last; slot = slot_end) {
     slot_end = std::min(slot / job.stream_tile * job.stream_tile + job.stream_tile, last);
     for (int64_t at = slot; at < slot_end;) {
       const KvStretch k = stretch(job.pages, head, KvPart::kKeys, at, slot_end);
-      job.ops.stream_scores(job.layout.dtype, k.codes, k.scales, static_cast<int>(k.count), job.d(), q, ld, m,
-                            scores + (at - slot), kStreamTile,
-                            fetch(job, head, KvPart::kKeys, at, last));
+      const auto count = static_cast<int>(k.count);
+      const std::byte* next = fetch(job, head, KvPart::kKeys, at, last);
+      float* to = scores + (at - slot);
+      if (narrow)
+        narrow->scores(dtype, k.codes, k.scales, count, job.d(), narrow_q, m, to, kStreamTile, next);
+      else
+        job.ops.stream_scores(dtype, k.codes, k.scales, count, job.d(), q, ld, m, to, kStreamTile, next);
       at += k.count;
     }
     row_ranges(begin, end, 0, rows, job.group, slot, slot_end - slot, row_begin, row_end);
     const auto to = static_cast<int>(round_up(slot_end - slot, kPad));
-    job.ops.f32.softmax({scores, kStreamTile, m, row_begin, row_end, 0, to, job.scale, max, total, shrink, scores});
+    const SoftmaxStep step{scores, kStreamTile, m, row_begin, row_end, 0, to, job.scale, max,
+                           narrow ? narrow_total : total, shrink, p};
+    if (narrow)
+      narrow->softmax(dtype, step);
+    else
+      job.ops.f32.softmax(step);
     for (int64_t i = 0; i < rows; ++i)
       if (shrink[i] != 1.0f) job.ops.scale_row(sums + i * ld, shrink[i], ld, sums + i * ld);
     for (int64_t at = slot; at < slot_end;) {
       const KvStretch v = stretch(job.pages, head, KvPart::kValues, at, slot_end);
-      job.ops.stream_values(job.layout.dtype, v.codes, v.scales, static_cast<int>(v.count), job.d(),
-                            scores + (at - slot), kStreamTile, m, sums, ld,
-                            fetch(job, head, KvPart::kValues, at, last));
+      const auto count = static_cast<int>(v.count);
+      const std::byte* next = fetch(job, head, KvPart::kValues, at, last);
+      const int64_t from = at - slot;
+      if (narrow)
+        narrow->values(dtype, v.codes, v.scales, count, job.d(),
+                       pairs ? static_cast<void*>(narrow_p + from) : scores + from, kStreamTile, m, sums, ld, next);
+      else
+        job.ops.stream_values(dtype, v.codes, v.scales, count, job.d(), scores + from, kStreamTile, m, sums, ld, next);
       at += v.count;
     }
+  }
+  if (narrow) {
+    narrow->restore(dtype, sums, ld, m, job.d());
+    for (int64_t i = 0; i < rows; ++i) total[i] = std::accumulate(narrow_total + i * 16, narrow_total + i * 16 + 16, 0.0f);
   }
   finish(job, item, sums, max, total);
 }
@@ -280,7 +326,9 @@ void merge_chunks(const Job& job, const Merge& merge) {
     const auto weight = [&](int64_t c) { return total[c * step] > 0 ? std::exp2(max[c * step] - top) : 0.0f; };
     float all = 0;
     for (int64_t c = 0; c < merge.chunks; ++c) all += total[c * step] * weight(c);
-    float* out = job.output(s, item.head, item.token_begin + i / job.group) + i % job.group * d;
+    const int64_t token = item.token_begin + i / job.group, j = i % job.group;
+    float* out = job.output(s, item.head, token) + j * d;
+    if (float* lse = job.lse(s, item.head, token)) lse[j] = (top + std::log2(all)) * kLn2;
     job.ops.scale_row(base + i * ld, weight(0) / all, d, out);
     for (int64_t c = 1; c < merge.chunks; ++c) job.ops.add_row(base + c * step + i * ld, weight(c) / all, d, out);
   }
@@ -308,7 +356,7 @@ Plan plan(const Job& job, Item* items, Merge* merges) {
       for (int64_t g = 0; g < job.shape.kv_heads; ++g) {
         const KvHeadView& head = s.heads[g];
         const int64_t t0 = b * block, t1 = std::min(s.tokens, t0 + block);
-        const int64_t end = head.length - s.tokens + t1;
+        const int64_t end = job.end(s, head, t1 - 1);
         const int64_t begin =
             first_visible(job.layout, head, 0, s.first_position + t0, job.shape.window) / kKeyTile * kKeyTile;
         Item item{static_cast<int64_t>(q), g, t0, t1, begin, end, -1};
@@ -374,6 +422,7 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
           seqs,
           ops,
           tile,
+          ctx.activations == ActivationType::kBF16 ? ops.narrow : nullptr,
           counts,
           shape.query_heads / shape.kv_heads,
           round_up(layout.head_dim, kPad),
@@ -405,6 +454,22 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
   ctx.pool.parallel_for(size.items, std::ref(run));
   const auto merge = [&](int64_t index, int) { merge_chunks(job, merges[index]); };
   ctx.pool.parallel_for(size.merges, std::ref(merge));
+}
+
+void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,
+                     const float* other_lse) {
+  const AttentionOps& ops = attention_ops(cpu_isa());
+  const int64_t piece = std::max<int64_t>(1, kMergeElements / d);
+  const auto body = [&](int64_t index, int) {
+    for (int64_t i = index * piece, end = std::min(rows, i + piece); i < end; ++i) {
+      const float top = std::max(lse[i], other_lse[i]);
+      const float a = std::exp(lse[i] - top), b = std::exp(other_lse[i] - top);
+      ops.scale_row(out + i * d, a / (a + b), d, out + i * d);
+      ops.add_row(other + i * d, b / (a + b), d, out + i * d);
+      lse[i] = top + std::log(a + b);
+    }
+  };
+  ctx.pool.parallel_for((rows + piece - 1) / piece, std::ref(body));
 }
 
 }  // namespace lacuna::cpu

@@ -63,6 +63,8 @@ struct AttentionCounts {
 
 void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
                std::span<const AttentionSequence> seqs, AttentionCounts& counts);
+void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,
+                     const float* other_lse);
 void window_attention(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t w, int r,
                       int64_t q_stride, int64_t first_position, float scale, int64_t window, float* probs,
                       AttentionCounts& counts);

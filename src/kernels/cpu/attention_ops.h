@@ -57,9 +57,28 @@ struct TileOps {
   int64_t key_depth(int d) const { return element == 2 ? (d + 1) / 2 * 2 : d; }
 };
 
+// The streaming path of narrow caches with operands rounded as ActivationType::kBF16 allows: queries and
+// probabilities in bf16 pairs, or in two 8-bit digits each. attention_decode_avx512.cc has the errors.
+struct NarrowOps {
+  bool (*takes)(DType dtype, int rows, int d);
+  // Queries [rows, d] of stride ldq -> what `scores` reads, query_bytes long.
+  int64_t (*query_bytes)(DType dtype, int rows, int d);
+  void (*prepare)(DType dtype, const float* q, int64_t ldq, int rows, int d, void* query);
+  // As stream_scores and stream_values below; p is f32 for int8 codes, bf16 for bf16. The columns of
+  // out are in an order of their own until `restore`.
+  void (*scores)(DType dtype, const void* codes, const float* scales, int count, int d, const void* query, int rows,
+                 float* scores, int64_t ld, const void* next);
+  // `step.sum` is [rows, 16]: sums that are added up at the end; step.max may be exceeded by 8.
+  void (*softmax)(DType dtype, const SoftmaxStep& step);
+  void (*values)(DType dtype, const void* codes, const float* scales, int count, int d, const void* p, int64_t ld,
+                 int rows, float* out, int64_t ld_out, const void* next);
+  void (*restore)(DType dtype, float* out, int64_t ld_out, int rows, int d);
+};
+
 struct AttentionOps {
   TileOps f32;
-  const TileOps* bf16;  // null where the ISA has no bf16 dot product
+  const TileOps* bf16;      // null where the ISA has no bf16 dot product
+  const NarrowOps* narrow;  // likewise
 
   // The streaming path (decode): scores[row, i] = q[row] . key[i], for `count` keys as they lie in a
   // page. `next` is where the next part to be read starts (null: nowhere), for prefetching.
@@ -85,6 +104,7 @@ const AttentionOps& attention_ops_portable();
 const AttentionOps& attention_ops_avx2();
 const AttentionOps& attention_ops_avx512();
 const AttentionOps& attention_ops_avx512_bf16();
+const NarrowOps& attention_narrow_avx512();
 #endif
 const AttentionOps& attention_ops(Isa isa);
 

@@ -92,12 +92,16 @@ inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_d
     _mm512_storeu_ps(dst + (c + 12) * ld_dst, _mm512_shuffle_f32x4(y, w, 0xdd));
   }
 }
-// Lane i: a[i]'s lanes, put together by `op` in a fixed tree.
-template <class Op>
-inline Vec fold(const Vec a[16], Op op) {
+// Lane i: a[i]'s lanes, put together by `op` in a fixed tree, for i below 4 * kFours; other lanes repeat.
+template <int kFours, class Op>
+inline Vec fold(const Vec* a, Op op) {
   __m512 u[4];
 #pragma GCC unroll 16
   for (int q = 0; q < 4; ++q) {
+    if (q >= kFours) {
+      u[q] = u[q - kFours];
+      continue;
+    }
     const Vec* v = a + 4 * q;
     const __m512 s = op(_mm512_unpacklo_ps(v[0].v, v[1].v), _mm512_unpackhi_ps(v[0].v, v[1].v));
     const __m512 t = op(_mm512_unpacklo_ps(v[2].v, v[3].v), _mm512_unpackhi_ps(v[2].v, v[3].v));
@@ -105,14 +109,17 @@ inline Vec fold(const Vec a[16], Op op) {
     u[q] = op(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
   }
   const __m512 s = op(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
-  const __m512 t = op(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
+  const __m512 t =
+      kFours < 4 ? s : op(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
   return {op(_mm512_shuffle_f32x4(s, t, 0x88), _mm512_shuffle_f32x4(s, t, 0xdd))};
 }
-inline Vec sums_of(const Vec a[16]) {
-  return fold(a, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
+template <int kFours = 4>
+inline Vec sums_of(const Vec* a) {
+  return fold<kFours>(a, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
 }
-inline Vec maxima_of(const Vec a[16]) {
-  return fold(a, [](__m512 x, __m512 y) { return _mm512_max_ps(x, y); });
+template <int kFours = 4>
+inline Vec maxima_of(const Vec* a) {
+  return fold<kFours>(a, [](__m512 x, __m512 y) { return _mm512_max_ps(x, y); });
 }
 // out[i] = sum of the lanes of a[i].
 inline constexpr int kQuads = 4;

@@ -18,6 +18,7 @@ struct MachineBodies {
   PeakLoop f32, bf16, int8;
 };
 
+const MachineBodies& machine_bodies();  // of the level in use
 const MachineBodies& machine_portable();
 #if defined(__x86_64__)
 const MachineBodies& machine_avx2();
