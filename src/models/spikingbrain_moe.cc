@@ -280,7 +280,7 @@ class ParallelHybrid : public Model {
     info_.vocab = config_.vocab;
     info_.max_positions = config_.max_positions;
     info_.parameters = weights_.parameters();
-    info_.weight_dtype = layers_[0].softmax.q.weight.dtype;
+    info_.weight_dtype = layers_[0].softmax.q.dtype();
     info_.weight_bytes = weights_.bytes() + sink_pages_.bytes() + sink_states_.bytes();
     info_.token_weight_bytes = weights_.bytes() + sink_pages_.bytes();
     if (!config_.tie_word_embeddings) info_.token_weight_bytes -= linear_bytes(embedding_);
