@@ -40,6 +40,9 @@ class ParallelHybrid : public Model {
         dir_(dir.string()),
         weights_(ctx, ModelFiles::open(dir), options),
         attention_(config_.rope, config_.head_dim, config_.max_positions) {
+    if (resolve_spikes(dir, options.spikes, config_.layers, false).on)
+      throw Unsupported("{}: the parallel hybrid runs without spike coding: no spikes (--spikes off), no field spike_coding",
+                        (dir / "config.json").string());
     if (!config_.softmax_rope) no_angles_.assign(static_cast<size_t>(config_.head_dim / 2), 0.0f);
     embedding_ = weights_.linear("model.embeddings", config_.vocab, config_.hidden, false);
     for (int i = 0; i < config_.layers; ++i) layers_.push_back(bind(i));
@@ -280,7 +283,7 @@ class ParallelHybrid : public Model {
     info_.vocab = config_.vocab;
     info_.max_positions = config_.max_positions;
     info_.parameters = weights_.parameters();
-    info_.weight_dtype = layers_[0].softmax.q.weight.dtype;
+    info_.weight_dtype = layers_[0].softmax.q.dtype();
     info_.weight_bytes = weights_.bytes() + sink_pages_.bytes() + sink_states_.bytes();
     info_.token_weight_bytes = weights_.bytes() + sink_pages_.bytes();
     if (!config_.tie_word_embeddings) info_.token_weight_bytes -= linear_bytes(embedding_);
