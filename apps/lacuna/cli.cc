@@ -40,7 +40,7 @@ SpikeOptions parse_spikes(const EngineOptions& o) {
 
 }  // namespace
 
-void add_engine_options(CLI::App& app, EngineOptions& o, const char* window_names) {
+void add_engine_options(CLI::App& app, EngineOptions& o) {
   app.add_option("-m,--model", o.model_dir, "Model directory in the Hugging Face layout")->required();
   app.add_option("--threads", o.threads, "Threads; 0 = every core this process may use")->check(CLI::Range(0, 1024));
   app.add_option("--dtype", o.dtype, "Operands of matrix products: f32, bf16, or auto (f32 for f32 weights)")

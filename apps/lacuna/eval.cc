@@ -264,7 +264,7 @@ void add_task_options(CLI::App& app, EvalOptions& o) {
 }
 
 void add_text_options(CLI::App& app, EvalOptions& o) {
-  add_engine_options(app, o.engine, "--window-rule");  // ppl has a --window of its own
+  add_engine_options(app, o.engine);
   add_variant_options(app, o);
   app.add_option("-f,--file", o.files, "Plain text; may be repeated; default: every book of --haystack")->allow_extra_args(false);
   app.add_option("--haystack", o.haystack)->capture_default_str();
@@ -314,7 +314,7 @@ Command add_eval(CLI::App& parent) {
   spikes->window = 1024;
   spikes->windows = 8;
   CLI::App* spikes_app = app->add_subcommand("spikes", "How sparse spike-coded activations are on plain text, under every definition");
-  add_engine_options(*spikes_app, spikes->engine, "--window-rule");
+  add_engine_options(*spikes_app, spikes->engine);
   spikes_app->add_option("-f,--text,--file", spikes->files, "Plain text; may be repeated; default: every book of --haystack")->allow_extra_args(false);
   spikes_app->add_option("--haystack", spikes->haystack)->capture_default_str();
   spikes_app->add_option("--window", spikes->window, "Tokens read at a time")->check(CLI::Range(2, 1 << 24))->capture_default_str();
