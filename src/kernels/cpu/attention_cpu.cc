@@ -457,7 +457,7 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
 }
 
 void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,
-                     const float* other_lse) {
+                     const float* other_lse, float* share) {
   const AttentionOps& ops = attention_ops(cpu_isa());
   const int64_t piece = std::max<int64_t>(1, kMergeElements / d);
   const auto body = [&](int64_t index, int) {
@@ -467,6 +467,7 @@ void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* l
       ops.scale_row(out + i * d, a / (a + b), d, out + i * d);
       ops.add_row(other + i * d, b / (a + b), d, out + i * d);
       lse[i] = top + std::log(a + b);
+      if (share) share[i] = a / (a + b);
     }
   };
   ctx.pool.parallel_for((rows + piece - 1) / piece, std::ref(body));
