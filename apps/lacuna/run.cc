@@ -19,6 +19,7 @@ struct RunOptions {
   std::string evict, budget = "5%", evict_at = "prefill";
   std::vector<std::string> compare;
   std::string kept_file, picture_file;
+  std::string save_file, load_file;
   SamplingParams sampling;
   bool json = false, quiet = false;
 };
@@ -66,7 +67,8 @@ nlohmann::json outcome_json(const Outcome& o, const MachineLimits& limits, const
                            {"prompt_tokens", r.prompt_tokens},
                            {"prefill_seconds", r.prefill_seconds},
                            {"kv_bytes", r.kv_bytes},
-                           {"kv_slots", r.kv_slots}};
+                           {"kv_slots", r.kv_slots},
+                           {"state_bytes", r.state_bytes}};
     if (r.eviction) {
       item["entries_before"] = r.eviction->entries_before;
       item["entries_kept"] = r.eviction->entries_kept;
@@ -100,11 +102,12 @@ std::string rate_note(double bytes, double seconds, double limit) {
 void print_summary(const Outcome& o, const MachineLimits& limits) {
   int64_t prompt_tokens = 0;
   double prefill_seconds = 0;
-  size_t kv_now = 0;
+  size_t kv_now = 0, states = 0;
   for (const auto& r : o.results) {
     prompt_tokens += r.prompt_tokens;
     prefill_seconds += r.prefill_seconds;
     kv_now += r.kv_bytes;
+    states += r.state_bytes;
     if (!r.eviction) continue;
     const EvictionReport& e = *r.eviction;
     fmt::print(stderr, "kept {} of {} cache entries ({:.1f} %) by {}, {}; scoring and selection took {:.0f} ms\n", e.entries_kept,
@@ -119,6 +122,7 @@ void print_summary(const Outcome& o, const MachineLimits& limits) {
                rate_note(static_cast<double>(o.stats.decode_ops.total().bytes()), o.stats.decode_seconds, limits.read_bytes_per_s));
   fmt::print(stderr, "KV cache {} now, {} at its peak\n", human_bytes(static_cast<double>(kv_now)),
              human_bytes(static_cast<double>(o.stats.kv_peak_bytes)));
+  if (states > 0) fmt::print(stderr, "recurrent states {}\n", human_bytes(static_cast<double>(states)));
 }
 
 std::string one_line(std::string text) {
@@ -153,6 +157,11 @@ int run_command(const RunOptions& o) {
   for (const auto& f : o.files) texts.push_back(read_text(f));
   if (texts.empty()) throw BadInput("no prompt: give -p TEXT or -f FILE (\"-\" reads standard input)");
   if (o.ask_later && o.context_file.empty()) throw BadInput("--ask-later needs --context: the text to compress before the prompt is read");
+  if (!o.save_file.empty() && texts.size() > 1)
+    throw BadInput("--save-state keeps what one prompt left: found {} prompts, expected 1", texts.size());
+  if (!o.save_file.empty() && !o.compare.empty()) throw BadInput("--save-state and --compare do not go together: each run leaves a state of its own");
+  if (!o.load_file.empty() && (!o.evict.empty() || !o.compare.empty() || o.ask_later))
+    throw BadInput("--load-state goes on from a cache that is what it is: it takes no --evict, --compare or --ask-later");
   const std::string context = o.context_file.empty() ? "" : read_text(o.context_file);
   std::vector<Variant> variants{o.evict.empty() ? Variant{"full", ""} : parse_variant(o.evict, o.budget)};
   for (const auto& c : o.compare) variants.push_back(parse_variant(c, o.budget));
@@ -164,12 +173,16 @@ int run_command(const RunOptions& o) {
   const auto tokenizer = open_tokenizer(o.engine);
   const GenerationConfig config = load_generation_config(o.engine.model_dir);
   const std::vector<int32_t> context_ids = context.empty() ? std::vector<int32_t>{} : tokenizer->encode(context, true);
+  std::optional<StoredState> stored;
+  if (!o.load_file.empty()) stored.emplace(load_state(engine.ctx, *engine.model, engine.kv.page_slots, o.load_file));
   std::vector<GenerateRequest> requests;
   for (const auto& text : texts) {
     GenerateRequest r;
     r.sampling = o.sampling;
     // Tokenised whole, so that no seam shows; only --ask-later must cut.
-    r.prompt = o.ask_later ? context_ids : tokenizer->encode(context + text, true);
+    // What follows a stored text starts with no mark of its own.
+    r.prompt = o.ask_later ? context_ids : tokenizer->encode(context + text, !stored);
+    if (stored) r.after = &*stored;
     requests.push_back(std::move(r));
   }
 
@@ -198,6 +211,10 @@ int run_command(const RunOptions& o) {
       progress.update(done, total, human_bytes(static_cast<double>(engine.memory.now(MemoryTag::kKv))) + " KV");
       if (done == total) progress.finish();
     };
+    if (!o.save_file.empty())
+      callbacks.on_read = [&](size_t, const SequenceState& state, std::span<const int32_t> ids) {
+        save_state(engine.ctx, *engine.model, state, ids, o.save_file);
+      };
     if (stream) callbacks.on_text = [](size_t, std::string_view text) { print_out(text); };
     Outcome outcome{variant, generator.generate(requests, callbacks), {}};
     outcome.stats = generator.stats();
@@ -259,6 +276,8 @@ Command add_run(CLI::App& parent) {
       ->allow_extra_args(false);
   app->add_option("--kept", o->kept_file, "Write the kept positions of the first prompt as JSON");
   app->add_option("--draw-kept", o->picture_file, "Draw them as SVG");
+  app->add_option("--save-state", o->save_file, "Write what the model keeps of the prompt (cache, recurrent states), for --load-state");
+  app->add_option("--load-state", o->load_file, "Go on from a saved state, in its own cache dtype: the prompts follow the text it has read");
   app->add_option("-n,--max-tokens", o->sampling.max_new_tokens, "New tokens at most")->capture_default_str();
   app->add_option("--temperature", o->sampling.temperature, "0 = greedy")->capture_default_str();
   app->add_option("--top-k", o->sampling.top_k, "0 = all");

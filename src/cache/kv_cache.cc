@@ -1,5 +1,6 @@
 #include "cache/kv_cache.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace lacuna {
@@ -55,6 +56,19 @@ void KvCache::append(Context& ctx, int layer, const float* k, const float* v, in
   }
   kv_append(ctx, l, views(layer), heads, k, v, tokens, first_position, stride);
   for (int h = 0; h < heads; ++h) views_[static_cast<size_t>(layer)][static_cast<size_t>(h)].length += tokens;
+}
+
+void KvCache::fill(int layer, int head, int64_t slots,
+                   const std::function<void(std::byte* page, int64_t first, int64_t count)>& copy) {
+  LACUNA_CHECK(length(layer, head) == 0);
+  const KvLayout& l = layout(layer);
+  HeadPages& pages = pages_[static_cast<size_t>(layer)][static_cast<size_t>(head)];
+  for (int64_t first = 0; first < slots; first += l.page_slots) {
+    pages.push_back(static_cast<std::byte*>(account_->allocate(MemoryTag::kKv, l.page_bytes())));
+    copy(pages.back(), first, std::min<int64_t>(l.page_slots, slots - first));
+  }
+  views_[static_cast<size_t>(layer)][static_cast<size_t>(head)].length = slots;
+  sync(layer, head);
 }
 
 void KvCache::keep(Context& ctx, int layer, int head, std::span<const int32_t> slots) {

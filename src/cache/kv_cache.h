@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -42,6 +43,10 @@ class KvCache {
               int64_t stride = 0);
   // Physically keeps only the named slots (ascending) of one head, in place, and frees the emptied pages.
   void keep(Context& ctx, int layer, int head, std::span<const int32_t> slots);
+  // Gives an empty head `slots` slots whose contents copy(page, first, count) writes, page by page: slots
+  // [first, first + count), laid out as layout(layer) says, with positions ascending over all calls.
+  void fill(int layer, int head, int64_t slots,
+            const std::function<void(std::byte* page, int64_t first, int64_t count)>& copy);
   // Drops every slot from index `length` on.
   void truncate(int layer, int head, int64_t length);
   // Frees whole leading pages of a layer in which every position is < `position` (sliding windows).

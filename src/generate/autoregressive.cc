@@ -55,7 +55,8 @@ AutoregressiveGenerator::AutoregressiveGenerator(Context& ctx, Model& model, con
 
 void AutoregressiveGenerator::check(const GenerateRequest& request) const {
   validate(request.sampling);
-  const auto prompt = static_cast<int64_t>(request.prompt.size() + (request.eviction ? request.eviction->question.size() : 0));
+  const int64_t before = request.after ? request.after->state.next_position : 0;
+  const auto prompt = before + static_cast<int64_t>(request.prompt.size() + (request.eviction ? request.eviction->question.size() : 0));
   if (prompt > model_.info().max_positions)
     throw BadInput("the prompt has {} tokens; the model has {} positions", prompt, model_.info().max_positions);
 }
@@ -68,7 +69,8 @@ void AutoregressiveGenerator::read_prompt(Sequence& s, size_t index, const Gener
     options.progress = [&](int64_t done, int64_t total) { callbacks.on_prefill(index, done, total); };
   if (callbacks.cancelled) options.cancelled = callbacks.cancelled;
 
-  s.history = request.prompt;
+  if (request.after) s.history = request.after->ids;
+  s.history.insert(s.history.end(), request.prompt.begin(), request.prompt.end());
   s.logits.resize(static_cast<size_t>(model_.info().vocab));
   const bool ask_later = request.eviction && !request.eviction->question.empty();
   if (request.eviction) {
@@ -94,7 +96,8 @@ void AutoregressiveGenerator::read_prompt(Sequence& s, size_t index, const Gener
     prefill(ctx_, model_, s.state, question, watcher, options, s.logits.data());
     s.history.insert(s.history.end(), question.begin(), question.end());
   }
-  s.result.prompt_tokens = static_cast<int64_t>(s.history.size());
+  if (callbacks.on_read) callbacks.on_read(index, s.state, s.history);
+  s.result.prompt_tokens = static_cast<int64_t>(s.history.size() - (request.after ? request.after->ids.size() : 0));
   s.result.prefill_seconds = seconds_since(start);
 }
 
@@ -105,6 +108,7 @@ void AutoregressiveGenerator::finish(Sequence& s, size_t index, FinishReason rea
   s.result.finish = reason;
   s.result.kv_bytes = s.state.kv.allocated_bytes();
   s.result.kv_slots = s.state.kv.total_slots();
+  s.result.state_bytes = s.state.recurrent.bytes();
   if (s.evictor) s.result.eviction = s.evictor->report(s.state);
   s.done = true;
 }
@@ -134,7 +138,8 @@ std::vector<GenerateResult> AutoregressiveGenerator::generate(std::span<const Ge
   ctx_.memory.reset_peak(MemoryTag::kKv);
   std::vector<std::unique_ptr<Sequence>> sequences;
   for (size_t i = 0; i < requests.size(); ++i) {
-    sequences.push_back(std::make_unique<Sequence>(requests[i], model_.new_state(ctx_.memory, kv_), tokenizer_));
+    sequences.push_back(std::make_unique<Sequence>(
+        requests[i], requests[i].after ? requests[i].after->state.copy(ctx_) : model_.new_state(ctx_.memory, kv_), tokenizer_));
     Sequence& s = *sequences.back();
     read_prompt(s, i, callbacks);
     take(s, i, s.logits, callbacks);

@@ -10,6 +10,7 @@
 
 #include "evict/evictor.h"
 #include "formats/sampling_params.h"
+#include "models/state_file.h"
 
 namespace lacuna {
 
@@ -23,6 +24,7 @@ struct EvictionRequest {
 
 struct GenerateRequest {
   std::vector<int32_t> prompt;
+  const StoredState* after = nullptr;  // read before the prompt, once for all requests that name it; outlives the call
   SamplingParams sampling;
   std::optional<EvictionRequest> eviction;
 };
@@ -35,9 +37,10 @@ struct GenerateResult {
   std::string text;          // decoded, cut before a stop string
   FinishReason finish = FinishReason::kLength;
   double prefill_seconds = 0;
-  int64_t prompt_tokens = 0;
+  int64_t prompt_tokens = 0;       // read in this call
   size_t kv_bytes = 0;             // allocated to this sequence when it finished
   int64_t kv_slots = 0;
+  size_t state_bytes = 0;          // recurrent states
   std::optional<EvictionReport> eviction;
 };
 
@@ -54,6 +57,8 @@ struct GenerateCallbacks {
   // Newly decoded text of one request; whole UTF-8 characters only.
   std::function<void(size_t request, std::string_view text)> on_text;
   std::function<void(size_t request, int64_t done, int64_t total)> on_prefill;
+  // A prompt is read; `ids` are all tokens that the state has seen.
+  std::function<void(size_t request, const SequenceState& state, std::span<const int32_t> ids)> on_read;
   std::function<bool()> cancelled;  // true stops with Cancelled
 };
 

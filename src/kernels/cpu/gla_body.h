@@ -30,7 +30,14 @@ inline void decay_parts(Vec x, Vec* hi, Vec* lo) {
   *lo = (less - (one - set1(1.0f))) * far;
 }
 
-void decays(const float* x, int64_t n, float* decay, float* rest) {
+bool all_decay(const float* x, int64_t n) {
+  int bad = 0;
+  for (int64_t i = 0; i < n; ++i) bad |= !(x[i] <= 0.0f);
+  return bad == 0;
+}
+
+bool decays(const float* x, int64_t n, float* decay, float* rest) {
+  if (!all_decay(x, n)) return false;
   Vec hi, lo;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -38,11 +45,12 @@ void decays(const float* x, int64_t n, float* decay, float* rest) {
     store(decay + i, hi);
     store(rest + i, lo);
   }
-  if (i == n) return;
+  if (i == n) return true;
   const int m = static_cast<int>(n - i);
   decay_parts(load_part(x + i, m), &hi, &lo);
   store_part(decay + i, hi, m);
   store_part(rest + i, lo, m);
+  return true;
 }
 
 // ---- preparing a chunk ----------------------------------------------------------------------------
@@ -145,17 +153,21 @@ bool prepare(const GlaChunk& chunk, float* record, float* workspace) {
   float* alpha = workspace;
   float* keys = alpha + GlaRecord::round_up(int64_t{kGlaChunk} * dk);
   float* product = keys + GlaRecord::round_up(int64_t{kGlaChunk} * dk);
-  int bad = 0;
+  // Rows of neighbouring tokens are pages apart, where no hardware prefetcher follows.
+  for (int i = 0; i < n; ++i)
+    for (int c = 0; c < dk; c += 16) {
+      __builtin_prefetch(chunk.log_decay + i * chunk.k_stride + c);
+      __builtin_prefetch(chunk.k + i * chunk.k_stride + c);
+    }
   for (int i = 0; i < n; ++i) {
     const float* g = chunk.log_decay + i * chunk.k_stride;
-    for (int c = 0; c < dk; ++c) bad |= !(g[c] <= 0.0f);
+    if (!all_decay(g, dk)) return false;
     for_vectors(dk, [&](int c, int m) {
       const Vec x = load_part(g + c, m), total = i == 0 ? x : load_part(product + c, m) + x;
       store_part(alpha + i * dk + c, decay_of(x), m);
       store_part(product + c, total, m);
     });
   }
-  if (bad) return false;
   // The state's decay comes from the sum of the logarithms: products of rounded decays would all err the same way.
   decays(product, dk, record + shape.decay(), record + shape.decay_rest());
 
@@ -166,8 +178,10 @@ bool prepare(const GlaChunk& chunk, float* record, float* workspace) {
     for_vectors(dk, [&](int c, int m) {
       const Vec own = load_part(alpha + i * dk + c, m), p = i == 0 ? own : load_part(product + c, m) * own;
       store_part(product + c, p, m);
-      for (int h = 0; h < group; ++h)
+      for (int h = 0; h < group; ++h) {
+        __builtin_prefetch(q + chunk.q_stride + h * dk + c);
         store_part(scaled + h * dk + c, load_part(q + h * dk + c, m) * (p * set1(chunk.scale)), m);
+      }
     });
     float* a = record + shape.a() + int64_t{i} * group * kGlaChunk;
     for (int h = 0; h < group; h += kHeads) {
@@ -178,7 +192,10 @@ bool prepare(const GlaChunk& chunk, float* record, float* workspace) {
   }
   // The keys have decayed to the chunk's end: that is how they enter the state.
   float* k = record + shape.k();
-  for (int c = 0; c < dk; ++c)
+  int c = 0;
+  for (; c + kLanes <= dk; c += kLanes)
+    for (int j = 0; j < kGlaChunk; j += kLanes) transpose(keys + c * kGlaChunk + j, kGlaChunk, k + j * dk + c, dk);
+  for (; c < dk; ++c)
     for (int j = 0; j < n; ++j) k[j * dk + c] = keys[c * kGlaChunk + j];
   return true;
 }
@@ -205,7 +222,16 @@ void output_tile(const float* q, int dk, const float* state, const float* a, int
       for (int w = 0; w < kW; ++w) sums[i][w] = fma(r, b[w], sums[i][w]);
     }
   };
-  for (int c = 0; c < dk; ++c) add(q, dk, c, state + c * kPanel);
+  // Rows of the output lie pages apart: without this their lines would be waited for one after the other.
+#pragma GCC unroll 16
+  for (int i = 0; i < kR; ++i)
+#pragma GCC unroll 2
+    for (int w = 0; w < kW; ++w) __builtin_prefetch(out[i] + w * kLanes, 1);
+  for (int c = 0; c < dk; ++c) {
+    // The next tile's rows follow these; a tile long is ahead enough for them to come from L3.
+    __builtin_prefetch(q + (dk + c) * kR);
+    add(q, dk, c, state + c * kPanel);
+  }
   for (int j = 0; j < depth; ++j) add(a, kGlaChunk, j, values + j * kPanel);
 #pragma GCC unroll 16
   for (int i = 0; i < kR; ++i)
@@ -299,96 +325,93 @@ void panel_chunk(const GlaPanel& p) {
 
 // ---- token by token ---------------------------------------------------------------------------------
 
-// Bytes of state asked for ahead of their use, see kSmallAhead in linear_bodies.h.
-inline constexpr int64_t kStepAhead = 4096;
+// Rows of the state asked for ahead of their use; a row of a panel is two cache lines. At 512 bytes a row these
+// are the 4 KB of kSmallAhead in linear_bodies.h.
+inline constexpr int kStepAhead = 8;
 
-// kC channels of the state over kW vectors of columns, every token of the call. kPart: the last vector has
-// `last` columns.
-template <int kC, int kW, bool kPart>
-inline void step_block(const GlaStep& t, int c, int64_t column, int last) {
-  float* rows = t.state + c * t.state_stride + column;
-  Vec s[kC][kW];
-#pragma GCC unroll 4
-  for (int i = 0; i < kC; ++i)
+// One token against kW vectors of value columns, for kH query heads whose sums stay in registers while the rows
+// of the state pass by. kUpdate: the rows take the token in first. kPart: the last vector has `last` columns.
+template <int kH, int kW, bool kPart, bool kUpdate>
+void step_heads(const GlaStep& t, int token, int head, int64_t column, int last) {
+  const auto load_at = [last](const float* p, int w) __attribute__((always_inline)) {
+    return kPart && w == kW - 1 ? load_part(p + w * kLanes, last) : load(p + w * kLanes);
+  };
+  const auto store_at = [last](float* p, int w, Vec x) __attribute__((always_inline)) {
+    if (kPart && w == kW - 1)
+      store_part(p + w * kLanes, x, last);
+    else
+      store(p + w * kLanes, x);
+  };
+  const float* k = t.k + token * t.k_stride;
+  const float* hi = t.decay + int64_t{token} * t.dk;
+  const float* lo = t.decay_rest + int64_t{token} * t.dk;
+  const float* q = t.q + token * t.q_stride + int64_t{head} * t.dk;
+  // Copies: stores through vector types might change *t, for all the compiler knows.
+  const int64_t dk = t.dk, stride = t.state_stride;
+  const float* v = t.v + token * t.v_stride + column;
+  Vec value[kW], sums[kH][kW];
 #pragma GCC unroll 2
-    for (int w = 0; w < kW; ++w) {
-      const float* from = rows + i * t.state_stride + w * kLanes;
-      s[i][w] = kPart && w == kW - 1 ? load_part(from, last) : load(from);
+  for (int w = 0; w < kW; ++w) value[w] = load_at(v, w);
+#pragma GCC unroll 16
+  for (int h = 0; h < kH; ++h)
+#pragma GCC unroll 2
+    for (int w = 0; w < kW; ++w) sums[h][w] = zero();
+  float* row = t.state + column;
+  const float* next = kUpdate && token == 0 && t.next ? t.next + column * dk : nullptr;
+  for (int64_t c = 0; c < dk; ++c, row += stride) {
+    Vec s[kW];
+#pragma GCC unroll 2
+    for (int w = 0; w < kW; ++w) s[w] = load_at(row, w);
+    if (kUpdate) {
+      for (int line = 0; line < kW * kLanes; line += 16) __builtin_prefetch(row + kStepAhead * stride + line, 1);
+      if (next)
+        for (int line = 0; line < kW * kLanes; line += 16) __builtin_prefetch(next + c * (kW * kLanes) + line, 0, 2);
+      const Vec h = set1(hi[c]), l = set1(lo[c]), kv = set1(k[c]);
+#pragma GCC unroll 2
+      for (int w = 0; w < kW; ++w) s[w] = fma(s[w], h, fma(s[w], l, kv * value[w]));
+#pragma GCC unroll 2
+      for (int w = 0; w < kW; ++w) store_at(row, w, s[w]);
     }
-  for (int token = 0; token < t.tokens; ++token) {
-    const float* k = t.k + token * t.k_stride + c;
-    const float* hi = t.decay + int64_t{token} * t.dk + c;
-    const float* lo = t.decay_rest + int64_t{token} * t.dk + c;
-    const float* v = t.v + token * t.v_stride + column;
-    Vec value[kW];
+#pragma GCC unroll 16
+    for (int h = 0; h < kH; ++h) {
+      const Vec qv = set1(q[h * dk + c]);
 #pragma GCC unroll 2
-    for (int w = 0; w < kW; ++w)
-      value[w] = kPart && w == kW - 1 ? load_part(v + w * kLanes, last) : load(v + w * kLanes);
-#pragma GCC unroll 4
-    for (int i = 0; i < kC; ++i)
-#pragma GCC unroll 2
-      for (int w = 0; w < kW; ++w)
-        s[i][w] = fma(s[i][w], set1(hi[i]), fma(s[i][w], set1(lo[i]), set1(k[i]) * value[w]));
-    const float* q = t.q + int64_t{token} * t.group * t.dk + c;
-    float* out = t.out + token * t.out_stride + column;
-    for (int h = 0; h < t.group; ++h, q += t.dk, out += t.head_stride) {
-      Vec sum[kW];
-#pragma GCC unroll 2
-      for (int w = 0; w < kW; ++w) {
-        float* to = out + w * kLanes;
-        sum[w] = kPart && w == kW - 1 ? load_part(to, last) : load(to);
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < kC; ++i)
-#pragma GCC unroll 2
-        for (int w = 0; w < kW; ++w) sum[w] = fma(set1(q[i]), s[i][w], sum[w]);
-#pragma GCC unroll 2
-      for (int w = 0; w < kW; ++w) {
-        if (kPart && w == kW - 1)
-          store_part(out + w * kLanes, sum[w], last);
-        else
-          store(out + w * kLanes, sum[w]);
-      }
+      for (int w = 0; w < kW; ++w) sums[h][w] = fma(qv, s[w], sums[h][w]);
     }
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < kC; ++i)
+  const Vec scale = set1(t.scale);
+  float* out = t.out + token * t.out_stride + head * t.head_stride + column;
+#pragma GCC unroll 16
+  for (int h = 0; h < kH; ++h)
 #pragma GCC unroll 2
-    for (int w = 0; w < kW; ++w) {
-      float* to = rows + i * t.state_stride + w * kLanes;
-      if (kPart && w == kW - 1)
-        store_part(to, s[i][w], last);
-      else
-        store(to, s[i][w]);
+    for (int w = 0; w < kW; ++w) store_at(out + h * t.head_stride, w, sums[h][w] * scale);
+}
+
+template <int kW, bool kPart, bool kUpdate, int kH = kHeads>
+void step_any(const GlaStep& t, int token, int head, int heads, int64_t column, int last) {
+  if (heads == kH) return step_heads<kH, kW, kPart, kUpdate>(t, token, head, column, last);
+  if constexpr (kH > 1) step_any<kW, kPart, kUpdate, kH - 1>(t, token, head, heads, column, last);
+}
+
+template <int kW, bool kPart>
+void step_columns(const GlaStep& t, int64_t column, int last) {
+  for (int token = 0; token < t.tokens; ++token)
+    for (int head = 0; head < t.group; head += kHeads) {
+      const int heads = t.group - head < kHeads ? t.group - head : kHeads;
+      const auto body = head == 0 ? step_any<kW, kPart, true> : step_any<kW, kPart, false>;
+      body(t, token, head, heads, column, last);
     }
 }
 
-template <int kC>
-inline void step_channels(const GlaStep& t, int c) {
+// A panel's rows come from memory for the first token and stay in L1 for the others.
+void step(const GlaStep& t) {
   int64_t column = 0;
-  for (; column + kPanel <= t.width; column += kPanel) {
-    for (int i = 0; i < kC; ++i)
-      for (int64_t b = 0; b < kPanel * 4; b += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(t.state + (c + i) * t.state_stride + column) + kStepAhead + b);
-    step_block<kC, kWide, false>(t, c, column, 0);
-  }
+  for (; column + kPanel <= t.width; column += kPanel) step_columns<kWide, false>(t, column, 0);
   const int left = static_cast<int>(t.width - column);
   if (left > kLanes)
-    step_block<kC, 2, true>(t, c, column, left - kLanes);
+    step_columns<2, true>(t, column, left - kLanes);
   else if (left > 0)
-    step_block<kC, 1, true>(t, c, column, left);
-}
-
-void step(const GlaStep& t) {
-  for (int token = 0; token < t.tokens; ++token)
-    for (int h = 0; h < t.group; ++h) {
-      float* out = t.out + token * t.out_stride + h * t.head_stride;
-      for (int64_t c = 0; c < t.width; ++c) out[c] = 0;
-    }
-  // Four channels by two vectors: the outputs are loaded and stored once for four products each.
-  int c = 0;
-  for (; c + 4 <= t.dk; c += 4) step_channels<4>(t, c);
-  for (; c < t.dk; ++c) step_channels<1>(t, c);
+    step_columns<1, true>(t, column, left);
 }
 
 inline constexpr GlaOps kOps = {kPanel, decays, prepare, panel_chunk, step};

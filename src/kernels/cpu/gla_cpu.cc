@@ -13,13 +13,21 @@ namespace {
 // Pieces that a call is cut into if its heads alone are fewer: a few for each core of the machines this is
 // run on.
 constexpr int64_t kWantedPieces = 16;
+// Runs of neighbouring sequences that a batch's steps are cut into at most.
+constexpr int64_t kMostRuns = 64;
 // Value columns that a cut-off piece of a step has at least: two cache lines of each state row.
 constexpr int64_t kStepColumns = 32;
-// Tokens of one sequence that are prepared before the panels take them up. At 7 query heads of d = 128 a KV
-// head's operands are 1 MB then, which the panels read from L2, one after the other.
-constexpr int64_t kSegmentTokens = 256;
+// Prepared query rows of one sequence and KV head, which the panels read one after the other: half of a 1 MB L2.
+// Longer segments load and store the state less often, but not beyond so many tokens.
+constexpr int64_t kSegmentBytes = 512 << 10;
+constexpr int64_t kSegmentTokens = 512;
 // Tokens of all sequences prepared together: enough chunks for every core, little enough to stay in L3.
 constexpr int64_t kWaveTokens = 512;
+
+int64_t segment_tokens(int group, int dk) {
+  const int64_t chunks = kSegmentBytes / (int64_t{4} * kGlaChunk * group * dk);
+  return std::clamp<int64_t>(chunks, 1, kSegmentTokens / kGlaChunk) * kGlaChunk;
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -41,54 +49,83 @@ bool is_step(const GlaSequence& s) { return s.tokens <= kGlaStepTokens; }
   throw InternalError("gated_linear_attention: a decay was refused, but all are in range");
 }
 
-void steps(Context& ctx, const GlaOps& ops, const GlaShape& shape, std::span<const GlaSequence> seqs) {
-  const int group = shape.query_heads / shape.kv_heads, dk = shape.key_dim;
-  const int64_t dv = shape.value_dim, ks = int64_t{shape.kv_heads} * dk, heads = shape.kv_heads;
-  const int64_t count = static_cast<int64_t>(seqs.size());
-  // Columns of a state do not touch each other, so that cutting them changes no bit.
-  const int64_t cuts = std::clamp<int64_t>(ceil_div(kWantedPieces, count * heads), 1, std::max<int64_t>(1, dv / kStepColumns));
-  const int64_t width = ceil_div(ceil_div(dv, cuts), kStepColumns) * kStepColumns;
-  const int64_t blocks = ceil_div(dv, width);
-  const int64_t q_floats = floats(kGlaStepTokens * group * dk), decay_floats = floats(kGlaStepTokens * dk);
-  for (int t = 0; t < ctx.pool.size(); ++t) ctx.workspace<float>(t, static_cast<size_t>(q_floats + 2 * decay_floats));
+// The sequences of a call that go token by token.
+class Steps {
+ public:
+  Steps(Context& ctx, const GlaOps& ops, const GlaShape& shape, std::span<const GlaSequence> seqs)
+      : ctx_(ctx), ops_(ops), shape_(shape), seqs_(seqs), decay_floats_(floats(kGlaStepTokens * shape.key_dim)) {}
 
-  const auto body = [&](int64_t index, int thread) {
-    const int64_t sequence = index / (heads * blocks), head = index / blocks % heads, first = index % blocks * width;
-    const GlaSequence& s = seqs[static_cast<size_t>(sequence)];
-    if (s.tokens == 0 || !is_step(s)) return;
-    float* q = ctx.workspace<float>(thread, static_cast<size_t>(q_floats + 2 * decay_floats));
-    float* hi = q + q_floats;
-    float* lo = hi + decay_floats;
-    bool bad = false;
-    for (int64_t t = 0; t < s.tokens; ++t) {
-      const float* g = s.log_decay + t * ks + head * dk;
-      for (int c = 0; c < dk; ++c) bad |= !(g[c] <= 0);
-      ops.decays(g, dk, hi + t * dk, lo + t * dk);
-      const float* from = s.q + (t * heads + head) * group * dk;
-      for (int64_t i = 0; i < int64_t{group} * dk; ++i) q[t * group * dk + i] = from[i] * shape.scale;
+  void run() {
+    for (int t = 0; t < ctx_.pool.size(); ++t) ctx_.workspace<float>(t, static_cast<size_t>(2 * decay_floats_));
+    const int64_t count = static_cast<int64_t>(seqs_.size()), heads = shape_.kv_heads, dv = shape_.value_dim;
+    if (count >= kWantedPieces) {
+      // Neighbouring states go to one thread, which asks for the next one while it works through this one.
+      const int64_t run = ceil_div(count, kMostRuns);
+      const auto body = [&](int64_t index, int thread) {
+        for (int64_t i = index * run, end = std::min(count, i + run); i < end; ++i)
+          for (int64_t h = 0; h < heads; ++h) step(i, h, 0, dv, h + 1 < heads || i + 1 < end, thread);
+      };
+      ctx_.pool.parallel_for(ceil_div(count, run), std::ref(body));
+      return;
     }
-    if (bad) refuse_decay(shape, s, sequence, 0, s.tokens, static_cast<int>(head));
+    // Columns of a state do not touch each other, so that cutting them changes no bit.
+    const int64_t cuts = std::clamp<int64_t>(ceil_div(kWantedPieces, count * heads), 1, std::max<int64_t>(1, dv / kStepColumns));
+    const int64_t width = ceil_div(ceil_div(dv, cuts), kStepColumns) * kStepColumns, blocks = ceil_div(dv, width);
+    const auto body = [&](int64_t index, int thread) {
+      const int64_t first = index % blocks * width;
+      step(index / (heads * blocks), index / blocks % heads, first, std::min(width, dv - first), false, thread);
+    };
+    ctx_.pool.parallel_for(count * heads * blocks, std::ref(body));
+  }
+
+ private:
+  // The state that follows head `head` of sequence `index` in a run.
+  const float* after(int64_t index, int64_t head) const {
+    if (head + 1 < shape_.kv_heads)
+      return seqs_[static_cast<size_t>(index)].state + (head + 1) * shape_.key_dim * shape_.value_dim;
+    const GlaSequence& s = seqs_[static_cast<size_t>(index + 1)];
+    return s.tokens > 0 && is_step(s) ? s.state : nullptr;
+  }
+
+  void step(int64_t index, int64_t head, int64_t first, int64_t width, bool more, int thread) {
+    const GlaSequence& s = seqs_[static_cast<size_t>(index)];
+    if (s.tokens == 0 || !is_step(s)) return;
+    const int group = shape_.query_heads / shape_.kv_heads, dk = shape_.key_dim;
+    const int64_t dv = shape_.value_dim, heads = shape_.kv_heads, ks = heads * dk;
+    float* hi = ctx_.workspace<float>(thread, static_cast<size_t>(2 * decay_floats_));
+    float* lo = hi + decay_floats_;
+    for (int64_t t = 0; t < s.tokens; ++t)
+      if (!ops_.decays(s.log_decay + t * ks + head * dk, dk, hi + t * dk, lo + t * dk))
+        refuse_decay(shape_, s, index, t, 1, static_cast<int>(head));
     GlaStep step;
-    step.q = q;
+    step.q = s.q + head * group * dk;
     step.k = s.k + head * dk;
     step.decay = hi;
     step.decay_rest = lo;
     step.v = s.v + head * dv + first;
     step.out = s.out + head * group * dv + first;
+    step.q_stride = int64_t{shape_.query_heads} * dk;
     step.k_stride = ks;
     step.v_stride = heads * dv;
-    step.out_stride = int64_t{shape.query_heads} * dv;
+    step.out_stride = int64_t{shape_.query_heads} * dv;
     step.head_stride = dv;
     step.tokens = static_cast<int>(s.tokens);
     step.group = group;
     step.dk = dk;
-    step.width = std::min(width, dv - first);
+    step.scale = shape_.scale;
+    step.width = width;
     step.state = s.state + head * dk * dv + first;
     step.state_stride = dv;
-    ops.step(step);
-  };
-  ctx.pool.parallel_for(count * heads * blocks, std::ref(body));
-}
+    step.next = more ? after(index, head) : nullptr;
+    ops_.step(step);
+  }
+
+  Context& ctx_;
+  const GlaOps& ops_;
+  const GlaShape& shape_;
+  std::span<const GlaSequence> seqs_;
+  int64_t decay_floats_;
+};
 
 // A part of one sequence: a whole number of chunks, but for the sequence's last.
 struct Segment {
@@ -105,12 +142,12 @@ struct Wave {
 };
 
 // One segment of as many unfinished sequences as make a wave, in order.
-Wave next_wave(std::span<const GlaSequence> seqs, std::vector<int64_t>& done) {
+Wave next_wave(std::span<const GlaSequence> seqs, int64_t segment, std::vector<int64_t>& done) {
   Wave wave;
   int64_t tokens = 0;
   for (size_t i = 0; i < seqs.size() && tokens < kWaveTokens; ++i) {
     if (is_step(seqs[i]) || done[i] == seqs[i].tokens) continue;
-    const int64_t take = std::min(kSegmentTokens, seqs[i].tokens - done[i]);
+    const int64_t take = std::min(segment, seqs[i].tokens - done[i]);
     wave.segments.push_back({static_cast<int64_t>(i), done[i], take, static_cast<int64_t>(wave.owner.size())});
     wave.owner.resize(wave.owner.size() + static_cast<size_t>(chunks_of(take)),
                       static_cast<int64_t>(wave.segments.size()) - 1);
@@ -130,9 +167,10 @@ class Chunked {
 
   void run() {
     std::vector<int64_t> done(seqs_.size(), 0);
+    const int64_t segment = segment_tokens(record_.group, record_.dk);
     const int64_t work = std::max(record_.workspace(), panel_floats());
     for (;;) {
-      const Wave wave = next_wave(seqs_, done);
+      const Wave wave = next_wave(seqs_, segment, done);
       if (wave.segments.empty()) return;
       const int64_t heads = shape_.kv_heads, chunks = static_cast<int64_t>(wave.owner.size());
       records_ = ctx_.workspace<float>(ctx_.shared_slot(), static_cast<size_t>(chunks * heads * record_.size()));
@@ -216,7 +254,7 @@ void gated_linear_attention(Context& ctx, const GlaShape& shape, std::span<const
     any_step = any_step || (s.tokens > 0 && is_step(s));
     any_chunk = any_chunk || !is_step(s);
   }
-  if (any_step) steps(ctx, ops, shape, seqs);
+  if (any_step) Steps(ctx, ops, shape, seqs).run();
   if (any_chunk) Chunked(ctx, ops, shape, seqs).run();
 }
 

@@ -6,7 +6,8 @@
 namespace lacuna::cpu {
 
 // A sequence of up to so many tokens goes through its state token by token, more go in chunks.
-// Measured (bench/NOTES-gla.md): where the two forms take the same time for states in cache.
+// In cache the two take the same time at 7 to 9 tokens (bench/NOTES-gla.md); from memory steps do better, because
+// their states are asked for ahead.
 inline constexpr int64_t kGlaStepTokens = 6;
 
 void gated_linear_attention(Context& ctx, const GlaShape& shape, std::span<const GlaSequence> seqs);

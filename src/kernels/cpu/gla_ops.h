@@ -59,23 +59,28 @@ struct GlaPanel {
 
 // A few tokens of one KV head, token by token, over value columns [0, width).
 struct GlaStep {
-  const float* q = nullptr;           // [tokens, group, dk] times scale, dense
+  const float* q = nullptr;           // [tokens] rows q_stride apart; heads of the group dk apart
   const float* k = nullptr;           // [tokens] rows k_stride apart
   const float* decay = nullptr;       // [tokens, dk] dense, from decays()
   const float* decay_rest = nullptr;  // as decay
   const float* v = nullptr;
   float* out = nullptr;
-  int64_t k_stride = 0, v_stride = 0, out_stride = 0, head_stride = 0;
+  int64_t q_stride = 0, k_stride = 0, v_stride = 0, out_stride = 0, head_stride = 0;
   int tokens = 0, group = 1, dk = 0;
+  float scale = 0;
   int64_t width = 0;
   float* state = nullptr;  // rows state_stride apart, updated in place
   int64_t state_stride = 0;
+  // As much memory as this state's columns take, which will be read next (null: unknown): asked for evenly while
+  // this state is worked through.
+  const float* next = nullptr;
 };
 
 struct GlaOps {
   int panel;  // value columns of a panel
-  // exp(x) of n log decays as decay + rest: what f32 drops of a decay near 1 adds up over a long memory.
-  void (*decays)(const float* x, int64_t n, float* decay, float* rest);
+  // exp(x) of n log decays as decay + rest: what f32 drops of a decay near 1 adds up over a long memory. False if
+  // one is not <= 0.
+  bool (*decays)(const float* x, int64_t n, float* decay, float* rest);
   // Fills the chunk's record. False if a log decay is not <= 0.
   bool (*prepare)(const GlaChunk& chunk, float* record, float* workspace);
   void (*panel_chunk)(const GlaPanel& panel);
