@@ -1,10 +1,12 @@
 // Spike-coded products: the dense integer product (VNNI) against the event-driven one over silent inputs, each
-// beside the memory rate and the int8 rate measured in the same run. Rates are of the median call.
+// beside the memory rate and the int8 rate measured in the same run. One thread, on its own clock: what the neighbours
+// take of the cores does not count, what they take of the memory still does, so rates are of the best quarter's
+// last call (of the calls sorted by time, a quarter were as fast).
 #include <benchmark/benchmark.h>
+#include <time.h>
 
 #include <algorithm>
 #include <bit>
-#include <chrono>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -17,11 +19,26 @@ namespace {
 
 struct Bench {
   MemoryAccount memory;
-  Context ctx{memory};
+  Context ctx{memory, 1};
 };
 Bench& bench() {
   static Bench b;
   return b;
+}
+
+double thread_seconds() {
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+// The best of all looks so far: a neighbour's burst makes a look low, nothing makes one high.
+MachineLimits limits() {
+  static MachineLimits best;
+  const MachineLimits now = measure_machine(bench().ctx, 0.3);
+  best.read_bytes_per_s = std::max(best.read_bytes_per_s, now.read_bytes_per_s);
+  best.int8_ops_per_s = std::max(best.int8_ops_per_s, now.int8_ops_per_s);
+  return best;
 }
 
 struct Ledger : TraceSink {
@@ -33,8 +50,9 @@ struct Ledger : TraceSink {
 struct Input {
   std::vector<int32_t> counts;
   std::vector<SpikeRow> rows;
-  Input(int64_t m, int64_t k, int silent) : counts(static_cast<size_t>(m * k)), rows(static_cast<size_t>(m)) {
-    std::mt19937 random(1);
+  Input(int64_t m, int64_t k, int silent, uint32_t seed)
+      : counts(static_cast<size_t>(m * k)), rows(static_cast<size_t>(m)) {
+    std::mt19937 random(seed);
     std::normal_distribution<double> normal(0, 3 / std::sqrt(2 / 3.14159265358979323846));
     std::uniform_int_distribution<int> percent(0, 99);
     for (int64_t r = 0; r < m; ++r)
@@ -59,7 +77,11 @@ void spike_bench(benchmark::State& state) {
   Context& ctx = bench().ctx;
   const auto arithmetic = static_cast<SpikeArithmetic>(state.range(0));
   const int64_t m = state.range(1), n = state.range(2), k = state.range(3), group = state.range(5) ? state.range(5) : k;
-  const Input input(m, k, static_cast<int>(state.range(4)));
+  // Other inputs are silent from call to call, as from token to token: what one call leaves in the caches is not
+  // what the next one needs.
+  constexpr size_t kInputs = 64;
+  std::vector<Input> inputs;
+  for (uint32_t seed = 1; seed <= kInputs; ++seed) inputs.emplace_back(m, k, static_cast<int>(state.range(4)), seed);
   std::vector<int8_t> codes(static_cast<size_t>(n * k));
   std::minstd_rand random(2);
   for (int8_t& c : codes) c = static_cast<int8_t>(random() % 255 - 127);
@@ -68,29 +90,31 @@ void spike_bench(benchmark::State& state) {
       pack_spike_weight(ctx, Tensor(codes.data(), DType::kI8, {n, k}), scales.data(), group, nullptr, arithmetic);
   codes = {};
   std::vector<float> y(static_cast<size_t>(m * n));
-  const SpikeBatch x{input.counts.data(), input.rows.data(), m, k};
+  const auto batch = [&](size_t i) {
+    return SpikeBatch{inputs[i % kInputs].counts.data(), inputs[i % kInputs].rows.data(), m, k};
+  };
   Ledger ledger;
   ctx.trace = &ledger;
-  spike_linear(ctx, w.view, x, y.data());
+  spike_linear(ctx, w.view, batch(0), y.data());
   ctx.trace = nullptr;
-  const MachineLimits limit = measure_machine(ctx, 0.3);
+  const MachineLimits limit = limits();
   std::vector<double> seconds;
   for (auto _ : state) {
-    const auto start = std::chrono::steady_clock::now();
-    spike_linear(ctx, w.view, x, y.data());
-    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    const double start = thread_seconds();
+    spike_linear(ctx, w.view, batch(seconds.size()), y.data());
+    seconds.push_back(thread_seconds() - start);
   }
-  std::nth_element(seconds.begin(), seconds.begin() + seconds.size() / 2, seconds.end());
-  const double median = seconds[seconds.size() / 2];
-  state.counters["us"] = median * 1e6;
+  std::nth_element(seconds.begin(), seconds.begin() + seconds.size() / 4, seconds.end());
+  const double quarter = seconds[seconds.size() / 4];
+  state.counters["us"] = quarter * 1e6;
   state.counters["best_us"] = *std::min_element(seconds.begin(), seconds.end()) * 1e6;
-  state.counters["GB/s"] = static_cast<double>(ledger.last.weight_bytes) / median / 1e9;
-  state.counters["of_read_%"] = 100 * static_cast<double>(ledger.last.weight_bytes) / median / limit.read_bytes_per_s;
+  state.counters["GB/s"] = static_cast<double>(ledger.last.weight_bytes) / quarter / 1e9;
+  state.counters["of_read_%"] = 100 * static_cast<double>(ledger.last.weight_bytes) / quarter / limit.read_bytes_per_s;
   if (arithmetic == SpikeArithmetic::kEvent)
-    state.counters["Gadd/s"] = static_cast<double>(ledger.last.synaptic_ops) / median / 1e9;
+    state.counters["Gadd/s"] = static_cast<double>(ledger.last.synaptic_ops) / quarter / 1e9;
   else
     state.counters["of_int8_%"] =
-        limit.int8_ops_per_s > 0 ? 200 * static_cast<double>(m * n * k) / median / limit.int8_ops_per_s : 0;
+        limit.int8_ops_per_s > 0 ? 200 * static_cast<double>(m * n * k) / quarter / limit.int8_ops_per_s : 0;
   state.SetLabel(std::string(spike_arithmetic_name(arithmetic)));
 }
 

@@ -84,6 +84,7 @@ nlohmann::json outcome_json(const Outcome& o, const MachineLimits& limits, const
                    {"seconds", o.stats.decode_seconds},
                    {"bytes", ops.bytes()},
                    {"machine_read_bytes_per_second", limits.read_bytes_per_s}};
+  if (!o.stats.decode_ops.expert_tokens().empty()) out["decode"]["expert_tokens"] = o.stats.decode_ops.expert_tokens();
   out["kv_peak_bytes"] = o.stats.kv_peak_bytes;
   out["memory"] = memory_json(engine.memory);
   out["peak_rss_bytes"] = resident;

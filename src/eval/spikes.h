@@ -29,7 +29,7 @@ SpikeResult measure_spikes(Context& ctx, Model& model, const TextCodec& codec, c
                            int64_t window, int64_t max_windows, const KvOptions& kv, const PrefillOptions& prefill,
                            const std::function<void(int64_t done, int64_t total)>& progress = {});
 
-// Every definition of section "Spike coding" in docs/spikes.md, in total, by site and by layer.
+// Every definition of docs/spikes.md, in total, by site and by layer.
 std::string markdown_report(const SpikeResult& result);
 Json json_report(const SpikeResult& result);
 

@@ -35,7 +35,10 @@ Evictor::Evictor(Context& ctx, Model& model, std::shared_ptr<const Policy> polic
     throw BadInput("policy {} replays the prompt, which cannot be done while decoding; evict at prefill only", policy_->name());
   if (options_.decode_block < 1) throw BadInput("a decode block of {} tokens is too small; at least 1", options_.decode_block);
   streaming_ = rule_.streams() && !needs_.replay && !options_.measure_error;
-  if (options_.measure_error) needs_.window_rows = std::max(needs_.window_rows, kErrorRows);
+  if (options_.measure_error) {
+    needs_.window_rows = std::max(needs_.window_rows, kErrorRows);
+    needs_.output_norm = true;  // so that the output is remembered, of which sinks may have a part
+  }
   witnesses_.resize(options_.during_decode || options_.measure_error ? static_cast<size_t>(model.info().layers) : 1);
   report_.policy = policy_->name();
   report_.budget = budget_.text;

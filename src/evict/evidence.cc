@@ -82,15 +82,19 @@ void LayerWitness::observe(Context& ctx, const LayerTap& tap, const AttentionLay
   last_position_ = tap.first_position + tap.tokens - 1;
   const int rows = needs.window_rows;
   if (rows > 0 && tap.first_token + tap.tokens > tap.call_tokens - rows)
-    remember_last(ctx, tap, int64_t{attention.query_heads} * attention.head_dim, rows, needs.output_norm);
+    remember_last(ctx, tap, attention, rows, needs.output_norm);
   if (needs.column_sums) sum_columns(ctx, tap, attention, cache);
   if (needs.raw_queries) sum_queries(ctx, tap, attention);
 }
 
-void LayerWitness::remember_last(Context& ctx, const LayerTap& tap, int64_t row, int rows, bool mixed) {
+void LayerWitness::remember_last(Context& ctx, const LayerTap& tap, const AttentionLayer& attention, int rows,
+                                 bool mixed) {
+  const int64_t heads = attention.query_heads, row = heads * attention.head_dim;
   const int64_t fresh = std::min<int64_t>(tap.tokens, rows);
   const int64_t capacity = 2 * rows;
-  const size_t row_bytes = static_cast<size_t>(row) * sizeof(float);
+  const size_t row_bytes = static_cast<size_t>(row) * sizeof(float), share_bytes = static_cast<size_t>(heads) * sizeof(float);
+  shared_ = tap.cache_share != nullptr;
+  if (shared_) shares_.ensure(ctx.memory, MemoryTag::kScratch, static_cast<size_t>(capacity) * share_bytes);
   queries_.ensure(ctx.memory, MemoryTag::kScratch, static_cast<size_t>(capacity) * row_bytes);
   if (mixed) mixed_.ensure(ctx.memory, MemoryTag::kScratch, static_cast<size_t>(capacity) * row_bytes);
   if (begin_ + held_ + fresh > capacity) {
@@ -98,12 +102,16 @@ void LayerWitness::remember_last(Context& ctx, const LayerTap& tap, int64_t row,
     const int64_t from = begin_ + held_ - stay;
     std::memmove(queries_.as<float>(), queries_.as<float>() + from * row, static_cast<size_t>(stay) * row_bytes);
     if (mixed) std::memmove(mixed_.as<float>(), mixed_.as<float>() + from * row, static_cast<size_t>(stay) * row_bytes);
+    if (shared_) std::memmove(shares_.as<float>(), shares_.as<float>() + from * heads, static_cast<size_t>(stay) * share_bytes);
     begin_ = 0;
     held_ = stay;
   }
   const int64_t source = (tap.tokens - fresh) * row, target = (begin_ + held_) * row;
   std::memcpy(queries_.as<float>() + target, tap.q + source, static_cast<size_t>(fresh) * row_bytes);
   if (mixed) std::memcpy(mixed_.as<float>() + target, tap.mixed + source, static_cast<size_t>(fresh) * row_bytes);
+  if (shared_)
+    std::memcpy(shares_.as<float>() + (begin_ + held_) * heads, tap.cache_share + (tap.tokens - fresh) * heads,
+                static_cast<size_t>(fresh) * share_bytes);
   held_ += fresh;
   if (held_ > rows) {
     begin_ += held_ - rows;
@@ -122,7 +130,8 @@ void LayerWitness::sum_columns(Context& ctx, const LayerTap& tap, const Attentio
     const KvHeadView& view = cache.view(tap.layer, h / group);
     slot_sums.assign(static_cast<size_t>(view.length), 0.0f);
     attention_column_sums(ctx, cache.layout(tap.layer), view, tap.q + h * d, tap.tokens, 1, stride, tap.first_position,
-                          attention.scale, attention.window, slot_sums.data());
+                          attention.scale, attention.window, slot_sums.data(),
+                          tap.cache_share ? tap.cache_share + h : nullptr, attention.query_heads);
     auto& sums = column_sums_[static_cast<size_t>(h)];
     for (int64_t i = 0; i < view.length; ++i)
       sums[static_cast<size_t>(view.position(cache.layout(tap.layer), i))] += slot_sums[static_cast<size_t>(i)];
@@ -188,6 +197,14 @@ HeadEvidence EvidenceReader::read(Context& ctx, const KvCache& cache, int layer,
     float* probs = ensure(ctx, probs_, static_cast<int64_t>(group) * e.rows * n);
     window_attention(ctx, layout, view, q, e.rows, group, stride, witness.last_position_ - e.rows + 1, a.scale, a.window,
                      probs);
+    if (witness.shared_) {
+      // A row of the whole softmax sums to what the sinks leave.
+      const float* share = witness.shares_.as<float>() + (witness.begin_ + witness.held_ - e.rows) * a.query_heads + head * group;
+      for_rows(ctx, int64_t{group} * e.rows, [&](int64_t row) {
+        const float s = share[row % e.rows * a.query_heads + row / e.rows];
+        for (int64_t i = 0; i < n; ++i) probs[row * n + i] *= s;
+      });
+    }
     e.probs = probs;
   }
   const bool values = needs.values || needs.projected_norms || needs.projected_l1 || needs.projected_products;
@@ -334,8 +351,9 @@ EvidenceReader::Error EvidenceReader::error(Context& ctx, const KvCache& cache, 
     }
     std::vector<bool> stays(static_cast<size_t>(e.slots), false);
     for (int32_t slot : kept[static_cast<size_t>(g)]) stays[static_cast<size_t>(slot)] = true;
+    const int64_t first = witness.begin_ + witness.held_ - e.rows;  // of the rows in the witness's buffers
     ctx.pool.parallel_for(int64_t{group} * e.rows, [&](int64_t index, int) {
-      const int64_t h = index / e.rows, t = index % e.rows;
+      const int64_t h = index / e.rows, t = index % e.rows, head = g * group + h;
       const float* p = e.probs + index * e.slots;
       std::vector<double> out(static_cast<size_t>(d), 0.0), stay(static_cast<size_t>(d), 0.0);
       double mass = 0;
@@ -348,12 +366,15 @@ EvidenceReader::Error EvidenceReader::error(Context& ctx, const KvCache& cache, 
           if (keep) stay[static_cast<size_t>(j)] += x;
         }
       }
-      const int64_t at = t * row + (g * group + h) * d;
+      const int64_t at = t * row + head * d;
+      // Sinks stay: their probability, and what they add to the output, is the rest of what the model mixed.
+      const double sinks = witness.shared_ ? 1.0 - witness.shares_.as<float>()[(first + t) * a.query_heads + head] : 0;
       for (int j = 0; j < d; ++j) {
         const double o = out[static_cast<size_t>(j)], s = stay[static_cast<size_t>(j)];
-        full[static_cast<size_t>(at + j)] = static_cast<float>(o);
+        const double r = witness.shared_ ? witness.mixed_.as<float>()[first * row + at + j] - o : 0;
+        full[static_cast<size_t>(at + j)] = static_cast<float>(o + r);
         lost[static_cast<size_t>(at + j)] = static_cast<float>(o - s);
-        moved[static_cast<size_t>(at + j)] = static_cast<float>(o - (mass > 0 ? s / mass : 0));
+        moved[static_cast<size_t>(at + j)] = static_cast<float>(o + r - (mass + sinks > 0 ? (s + r) / (mass + sinks) : 0));
       }
     });
   }

@@ -17,13 +17,14 @@ class LayerWitness {
 
  private:
   friend class EvidenceReader;
-  void remember_last(Context& ctx, const LayerTap& tap, int64_t row, int rows, bool mixed);
+  void remember_last(Context& ctx, const LayerTap& tap, const AttentionLayer& attention, int rows, bool mixed);
   void sum_columns(Context& ctx, const LayerTap& tap, const AttentionLayer& attention, const KvCache& cache);
   void sum_queries(Context& ctx, const LayerTap& tap, const AttentionLayer& attention);
 
-  // The last queries [rows, H*d] in order; a buffer of twice that, so that one more row is a copy
-  // and not a shift of all.
-  Buffer queries_, mixed_;
+  // The last queries [rows, H*d] in order, and beside them what they left for the cache [rows, H] if there are
+  // sinks; buffers of twice that, so that one more row is a copy and not a shift of all.
+  Buffer queries_, mixed_, shares_;
+  bool shared_ = false;
   int64_t held_ = 0, begin_ = 0;
   int64_t last_position_ = -1;
   // By original position, so that slots may come and go: attention received, and queries that could see it.

@@ -23,7 +23,10 @@ ScoreBoard::ScoreBoard(Context& ctx, Model& model, std::vector<std::shared_ptr<c
       reader_(model, std::move(projections)),
       scores_(policies_.size(), std::vector<LayerScores>(static_cast<size_t>(model.info().layers))) {
   for (const auto& policy : policies_) needs_.merge(policy->needs());
-  if (measure_error_) needs_.window_rows = std::max(needs_.window_rows, kErrorRows);
+  if (measure_error_) {
+    needs_.window_rows = std::max(needs_.window_rows, kErrorRows);
+    needs_.output_norm = true;  // so that the output is remembered, of which sinks may have a part
+  }
   witnesses_.resize(measure_error_ ? static_cast<size_t>(model.info().layers) : 1);
 }
 

@@ -92,16 +92,16 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
 }
 
 void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,
-                     const float* other_lse) {
+                     const float* other_lse, float* share) {
   if (rows < 0 || d < 1) throw BadInput("merge_attention: {} rows of {} elements", rows, d);
   if (rows == 0) return;
   if (!out || !lse || !other || !other_lse) throw BadInput("merge_attention: {} rows without out, lse or other", rows);
   OpScope scope(ctx, OpKind::kAttention);
-  cpu::merge_attention(ctx, rows, d, out, lse, other, other_lse);
+  cpu::merge_attention(ctx, rows, d, out, lse, other, other_lse, share);
   scope.record.m = rows;
   scope.record.k = d;
   scope.record.macs = 2 * rows * d;
-  scope.record.activation_bytes = (3 * d + 3) * rows * 4;
+  scope.record.activation_bytes = (3 * d + 3 + (share != nullptr)) * rows * 4;
 }
 
 void kv_append(Context& ctx, const KvLayout& layout, const KvHeadView* heads, int kv_heads, const float* k,
@@ -207,13 +207,16 @@ void window_attention(Context& ctx, const KvLayout& layout, const KvHeadView& he
 }
 
 void attention_column_sums(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t tokens,
-                           int r, int64_t q_stride, int64_t first_position, float scale, int64_t window, float* sums) {
+                           int r, int64_t q_stride, int64_t first_position, float scale, int64_t window, float* sums,
+                           const float* share, int64_t share_stride) {
   q_stride =
       check_queries("attention_column_sums", layout, head, q, tokens, r, q_stride, first_position, scale, window, sums);
+  if (share) share_stride = check_stride("attention_column_sums", "share_stride", share_stride, r);
   if (tokens == 0) return;
   OpScope scope(ctx, OpKind::kEvictScore);
   cpu::AttentionCounts counts;
-  cpu::attention_column_sums(ctx, layout, head, q, tokens, r, q_stride, first_position, scale, window, sums, counts);
+  cpu::attention_column_sums(ctx, layout, head, q, tokens, r, q_stride, first_position, scale, window, sums, share,
+                             share_stride, counts);
   // Every product is formed twice: once for the rows' sums, once for the columns'.
   report_scores(scope, layout, head, tokens * r, first_position, window, 2 * counts.pairs * layout.head_dim,
                 2 * r * head.length * 4);

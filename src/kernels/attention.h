@@ -85,9 +85,10 @@ void kv_read(Context& ctx, const KvLayout& layout, const KvHeadView& head, int64
 
 // Puts together attention over two disjoint sets of slots: out = out e^{lse - l} + other e^{other_lse - l} with
 // l = ln(e^lse + e^other_lse), which is attention over both. out, other [rows, d] dense, lse, other_lse [rows]; a
-// row is a token and query head. lse becomes l.
+// row is a token and query head. lse becomes l. share [rows], if wanted: e^{lse - l}, the part of a row's
+// probability that falls on the first set.
 void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,
-                     const float* other_lse);
+                     const float* other_lse, float* share = nullptr);
 
 // In-place compaction: slot keep[i] of the head moves to slot i (bit-exact copy of K, V, scales and
 // position). keep is ascending. Pages past the end are the caller's to free.
@@ -102,7 +103,9 @@ void window_attention(Context& ctx, const KvLayout& layout, const KvHeadView& he
 
 // Column sums of causal attention over ALL queries (observed attention, H2O): sums [r, n] +=
 // sum over t of softmax row t of q [T, r, d] (rows q_stride floats apart), the T queries being the last T slots.
+// share [T, r] (rows share_stride floats apart), if any, multiplies the rows: what a query left for these slots.
 void attention_column_sums(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t tokens,
-                           int r, int64_t q_stride, int64_t first_position, float scale, int64_t window, float* sums);
+                           int r, int64_t q_stride, int64_t first_position, float scale, int64_t window, float* sums,
+                           const float* share = nullptr, int64_t share_stride = 0);
 
 }  // namespace lacuna

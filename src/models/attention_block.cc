@@ -64,7 +64,7 @@ void AttentionBlock::forward(Context& ctx, const LayerCall& call, const Attentio
   if (w.rotary) rotate(ctx, call, l, q, k);
   if (w.spikes.query_k > 0) code_attention(ctx, call, w.spikes.query_k, q, l.query_heads, k, v, l.kv_heads, d);
 
-  float* lse = w.sinks ? ctx.activation(ActivationSlot::kLse, static_cast<size_t>(2 * m * l.query_heads)) : nullptr;
+  float* lse = w.sinks ? ctx.activation(ActivationSlot::kLse, static_cast<size_t>(3 * m * l.query_heads)) : nullptr;
   sequences_.resize(call.rows.size());
   for (size_t i = 0; i < call.rows.size(); ++i) {
     const BatchRows& r = call.rows[i];
@@ -73,7 +73,7 @@ void AttentionBlock::forward(Context& ctx, const LayerCall& call, const Attentio
                      r.state->kv.views(call.layer), lse ? lse + r.first_row * l.query_heads : nullptr};
   }
   attend(ctx, call, w);
-  if (w.sinks) add_sinks(ctx, call, w, {q, k, v, mixed});
+  const float* share = w.sinks ? add_sinks(ctx, call, w, {q, k, v, mixed}) : nullptr;  // [M, H]
   call.show("q", q, qs);
   call.show("k", k, ks);
   call.show("v", v, ks);
@@ -83,7 +83,8 @@ void AttentionBlock::forward(Context& ctx, const LayerCall& call, const Attentio
     if (call.observers[i])
       call.observers[i]->on_chunk(
           {call.layer, call.first_token, r.tokens, call.call_tokens, r.first_position,
-           raw ? q_raw + r.first_row * qs : nullptr, q + r.first_row * qs, mixed + r.first_row * qs},
+           raw ? q_raw + r.first_row * qs : nullptr, q + r.first_row * qs, mixed + r.first_row * qs,
+           share ? share + r.first_row * l.query_heads : nullptr},
           *r.state);
     // The next query of this call sees positions > next - window; whole pages before that are dead.
     const int64_t window = visible_keys(w, call, r);
@@ -92,10 +93,11 @@ void AttentionBlock::forward(Context& ctx, const LayerCall& call, const Attentio
   project_output(ctx, call, w, mixed, out, mode);
 }
 
-void AttentionBlock::add_sinks(Context& ctx, const LayerCall& call, const AttentionWeights& w, const Projected& p) {
+// Returns the cache's share of each row's probability [M, H].
+const float* AttentionBlock::add_sinks(Context& ctx, const LayerCall& call, const AttentionWeights& w, const Projected& p) {
   const AttentionLayer& l = w.layer;
   const int64_t qs = int64_t{l.query_heads} * l.head_dim, rows = call.row_count * l.query_heads;
-  float* lse = ctx.activation(ActivationSlot::kLse, static_cast<size_t>(2 * rows));  // the cache's, then the sinks'
+  float* lse = ctx.activation(ActivationSlot::kLse, static_cast<size_t>(3 * rows));  // the cache's, the sinks', shares
   float* mixed = ctx.activation(ActivationSlot::kSinkMixed, static_cast<size_t>(call.row_count * qs));
   // A sequence of its own for each, so that a result does not depend on who else is in the batch.
   for (size_t i = 0; i < call.rows.size(); ++i) {
@@ -105,7 +107,8 @@ void AttentionBlock::add_sinks(Context& ctx, const LayerCall& call, const Attent
   }
   const AttentionShape shape{l.query_heads, l.kv_heads, l.scale, 0, 0, 0, false};
   attention(ctx, w.sinks->layout, shape, sequences_);
-  merge_attention(ctx, rows, l.head_dim, p.mixed, lse, mixed, lse + rows);
+  merge_attention(ctx, rows, l.head_dim, p.mixed, lse, mixed, lse + rows, lse + 2 * rows);
+  return lse + 2 * rows;
 }
 
 void AttentionBlock::forward_sinks(Context& ctx, const AttentionWeights& w, SinkKeys& sinks,

@@ -75,7 +75,7 @@ class AttentionBlock {
   Projected project_inputs(Context& ctx, const LayerCall& call, const AttentionWeights& w, const float* normed);
   void project_output(Context& ctx, const LayerCall& call, const AttentionWeights& w, float* mixed, float* out,
                       LinearMode mode);
-  void add_sinks(Context& ctx, const LayerCall& call, const AttentionWeights& w, const Projected& p);
+  const float* add_sinks(Context& ctx, const LayerCall& call, const AttentionWeights& w, const Projected& p);
   void rotate(Context& ctx, const LayerCall& call, const AttentionLayer& l, float* q, float* k);
   void attend(Context& ctx, const LayerCall& call, const AttentionWeights& w);
 

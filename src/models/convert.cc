@@ -98,7 +98,7 @@ class Conversion {
               {"tie_word_embeddings", model_.tie_word_embeddings}};
     if (int64_t{model_.heads} * model_.head_dim != model_.hidden) j["head_dim"] = model_.head_dim;
     for (const char* field : {"rope_theta", "rope_scaling", "rope_parameters", "attention_dropout", "initializer_range",
-                              "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"})
+                              "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "spike_coding"})
       if (const Json* value = config_.raw(field)) j[field] = *value;
     if (model_.stored == StoredWeights::kInt8PerRow || options_.weights == WeightMode::kInt8)
       j["quantization_config"] = {{"quant_method", "lacuna-int8"}, {"bits", 8}, {"granularity", "per_row"}};

@@ -68,6 +68,9 @@ struct LayerTap {
   const float* q_raw = nullptr;  // [T, H, d] before RoPE, after any q norm; only if wants_raw_queries()
   const float* q = nullptr;      // [T, H, d] after RoPE
   const float* mixed = nullptr;  // [T, H, d] attention output before o_proj
+  // [T, H]: the part of each query's probability that falls on the cache's slots; null: all of it. The rest is on
+  // sinks, which no cache holds.
+  const float* cache_share = nullptr;
 };
 
 // A named intermediate result of one layer for one chunk of one sequence, for activation capture.

@@ -7,12 +7,12 @@
 
 namespace lacuna {
 
-void MoeBlock::forward(Context& ctx, const MoeWeights& w, const float* x, int64_t m, float* out) {
-  const int64_t d = w.shape.hidden, k = w.shape.top_k, experts = w.shape.experts, pairs = m * k;
+void MoeBlock::forward(Context& ctx, const LayerCall& call, const MoeWeights& w, const float* x, float* out) {
+  const int64_t m = call.row_count, d = w.shape.hidden, k = w.shape.top_k, experts = w.shape.experts, pairs = m * k;
   LACUNA_CHECK(static_cast<int64_t>(w.experts.size()) == experts);
   if (pairs > std::numeric_limits<int32_t>::max())
     throw Unsupported("{} tokens at once with {} experts each; expected fewer than 2^31 pairs", m, k);
-  for (const FeedForward& shared : w.shared) feed_forward(ctx, shared, x, m, out, LinearMode::kAccumulate);
+  for (const FeedForward& shared : w.shared) feed_forward(ctx, call, shared, x, out, LinearMode::kAccumulate);
 
   // Choices [M, k] and weights [M, k], then the same by expert: tokens and weights [M * k], and where each
   // expert's begin [E + 1]. All are 4 bytes wide.
@@ -47,7 +47,8 @@ void MoeBlock::forward(Context& ctx, const MoeWeights& w, const float* x, int64_
     const int64_t first = begin[e], count = begin[e + 1] - first;
     if (count == 0) continue;
     gather_expert(ctx, static_cast<int>(e), x, m, d, token + first, count, in);
-    feed_forward(ctx, w.experts[static_cast<size_t>(e)], in, count, y, LinearMode::kStore);
+    const LayerCall gathered{.layer = call.layer, .row_count = count, .call_tokens = count};
+    feed_forward(ctx, gathered, w.experts[static_cast<size_t>(e)], in, y, LinearMode::kStore);
     scatter_expert(ctx, y, count, d, token + first, p_sorted + first, m, out);
   }
 }

@@ -22,8 +22,10 @@ struct MoeWeights {
 // beyond what `linear` says of small and large M.
 class MoeBlock {
  public:
-  // out [M, D] += the mixture of x [M, D]. Uses the activation slots kExpertIn, kExpertOut, kGate and kUp.
-  void forward(Context& ctx, const MoeWeights& w, const float* x, int64_t m, float* out);
+  // out [M, D] += the mixture of x [M, D], M = call.row_count. Uses the activation slots kExpertIn, kExpertOut,
+  // kGate and kUp. Observers of spikes are shown those of shared experts, whose input is what routed ones read
+  // too; rows gathered for a routed one belong to no sequence.
+  void forward(Context& ctx, const LayerCall& call, const MoeWeights& w, const float* x, float* out);
 
  private:
   Buffer routing_;  // reused: decode allocates nothing

@@ -38,7 +38,7 @@ void project(Context& ctx, const LayerCall& call, SpikeSite site, float k, const
 // s * V_th with a threshold a head, keys and values [rows, kv_heads, d] the nearest of 255 steps of amax / 127
 // a head. The published code rounds keys and values each time they are read from a cache that holds them
 // unrounded; a row's codes depend on nothing but the row, so that rounding them once, on their way into the
-// cache, gives the same numbers (an f32 or int8 cache holds them exactly).
+// cache, gives the same numbers (in an f32 cache; in an int8 one, whose scale is the same, to rounding of that).
 void code_attention(Context& ctx, const LayerCall& call, float k, float* q, int heads, float* keys, float* values,
                     int kv_heads, int64_t d);
 

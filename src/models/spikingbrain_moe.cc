@@ -18,7 +18,7 @@ namespace lacuna {
 namespace {
 
 struct LinearBranch {
-  LinearWeight q, k, v, o;  // [H*d, D], [G*d, D], [G*d, D], [D, H*d]
+  Projection q, k, v, o;  // [H*d, D], [G*d, D], [G*d, D], [D, H*d]
 };
 
 struct HybridLayer {
@@ -39,7 +39,8 @@ class ParallelHybrid : public Model {
       : config_(load_spikingbrain_moe_config(dir)),
         dir_(dir.string()),
         weights_(ctx, ModelFiles::open(dir), options),
-        attention_(config_.rope, config_.head_dim, config_.max_positions) {
+        attention_(config_.rope, config_.head_dim, config_.max_positions),
+        spikes_(resolve_spikes(dir, options.spikes, config_.layers, false)) {
     if (!config_.softmax_rope) no_angles_.assign(static_cast<size_t>(config_.head_dim / 2), 0.0f);
     embedding_ = weights_.linear("model.embeddings", config_.vocab, config_.hidden, false);
     for (int i = 0; i < config_.layers; ++i) layers_.push_back(bind(i));
@@ -88,17 +89,17 @@ class ParallelHybrid : public Model {
     add_branch(ctx, branch, row_count, l.softmax_norm, l.softmax_weight, hidden);
     call.show("softmax_branch", branch, d);
 
-    const LinearRows p = project_linear(ctx, l.linear, normed, row_count);
+    const LinearRows p = project_linear(ctx, call, l, normed);
     states_.clear();
     for (const BatchRows& r : rows)
       states_.push_back({p.q + r.first_row * qs, p.k + r.first_row * ks, p.v + r.first_row * ks,
                          p.decay + r.first_row * ks, p.mixed + r.first_row * qs, r.tokens,
                          r.state->recurrent.at(layer)});
-    mix_linear(ctx, l, p, row_count, branch);
+    mix_linear(ctx, call, l, p, branch);
     add_branch(ctx, branch, row_count, l.linear_norm, l.linear_weight, hidden);
     call.show("linear_branch", branch, d);
 
-    feed(ctx, l, hidden, row_count);
+    feed(ctx, call, l, hidden);
     ctx.layer = -1;
   }
 
@@ -124,18 +125,22 @@ class ParallelHybrid : public Model {
     const int64_t d = config_.hidden, q = int64_t{config_.heads} * config_.head_dim,
                   kv = int64_t{config_.kv_heads} * config_.head_dim, norm = norm_after() ? d : config_.head_dim;
     const std::string at = "model.layers." + std::to_string(i) + ".";
-    const auto linear = [&](const std::string& branch, const char* name, int64_t out) {
-      return weights_.linear(at + "attn." + branch + "." + name, out, d, config_.qkv_bias);
-    };
     HybridLayer l;
-    l.attn_norm = weights_.vector(at + "attn_norm.weight", d);
-    l.linear = {linear("linear", "q_proj", q), linear("linear", "k_proj", kv), linear("linear", "v_proj", kv),
-                weights_.linear(at + "attn.linear.o_proj", d, q, false)};
-    l.linear_norm = weights_.vector(at + "attn.linear.norm.weight", norm);
     AttentionWeights& a = l.softmax;
-    a.q = linear("softmax", "q_proj", q);
-    a.k = linear("softmax", "k_proj", kv);
-    a.v = linear("softmax", "v_proj", kv);
+    a.spikes = spikes_.of(i);
+    const float in_k = a.spikes.of(SpikeSite::kAttnIn), o_k = a.spikes.of(SpikeSite::kOIn);
+    const auto input = [&](const std::string& branch, const char* name, int64_t out) {
+      return weights_.projection(at + "attn." + branch + "." + name, out, d, config_.qkv_bias, in_k, spikes_);
+    };
+    l.attn_norm = weights_.vector(at + "attn_norm.weight", d);
+    l.linear = {input("linear", "q_proj", q), input("linear", "k_proj", kv), input("linear", "v_proj", kv),
+                weights_.projection(at + "attn.linear.o_proj", d, q, false, o_k, spikes_)};
+    l.linear_norm = weights_.vector(at + "attn.linear.norm.weight", norm);
+    a.q = input("softmax", "q_proj", q);
+    a.k = input("softmax", "k_proj", kv);
+    a.v = input("softmax", "v_proj", kv);
+    LinearWeight output;
+    a.output = weights_.projection(at + "attn.softmax.o_proj", d, q, false, o_k, spikes_, &output);
     a.norm_eps = config_.norm_eps;
     a.rotary = config_.softmax_rope;
     a.layer = {config_.heads,
@@ -143,7 +148,7 @@ class ParallelHybrid : public Model {
                config_.head_dim,
                1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
                config_.layer_window[static_cast<size_t>(i)],
-               weights_.linear(at + "attn.softmax.o_proj", d, q, false),
+               output,
                a.rotary ? attention_.inv_freq() : std::span<const float>(no_angles_),
                a.rotary ? attention_.rope_factor() : 1.0f};
     l.softmax_norm = weights_.vector(at + "attn.softmax.norm.weight", norm);
@@ -163,16 +168,18 @@ class ParallelHybrid : public Model {
   void bind_feed(int i, const std::string& at, HybridLayer& l) {
     const int64_t d = config_.hidden, f = config_.intermediate;
     if (config_.layer_dense[static_cast<size_t>(i)]) {
-      l.mlp = bind_feed_forward(weights_, at, d, f);
+      l.mlp = bind_feed_forward(weights_, at, d, f, spikes_, spikes_.of(i));
       return;
     }
     l.moe.shape = {d, config_.experts, config_.experts_per_token,
                    config_.router == RouterFunction::kSoftmax ? RouterGate::kSoftmax : RouterGate::kSigmoid};
     l.moe.router = weights_.matrix(at + ".router.weight", config_.experts, d);
     for (int e = 0; e < config_.experts; ++e)
-      l.moe.experts.push_back(bind_feed_forward(weights_, at + ".experts." + std::to_string(e), d, f));
+      l.moe.experts.push_back(
+          bind_feed_forward(weights_, at + ".experts." + std::to_string(e), d, f, spikes_, spikes_.of(i)));
     for (int s = 0; s < config_.shared_experts; ++s)
-      l.moe.shared.push_back(bind_feed_forward(weights_, at + ".shared_experts." + std::to_string(s), d, f));
+      l.moe.shared.push_back(
+          bind_feed_forward(weights_, at + ".shared_experts." + std::to_string(s), d, f, spikes_, spikes_.of(i)));
   }
 
   const float* norm_rows(Context& ctx, const HybridLayer& l, const float* hidden, int64_t m) {
@@ -187,24 +194,26 @@ class ParallelHybrid : public Model {
     add_scaled(ctx, branch, weight, m * config_.hidden, hidden);
   }
 
-  LinearRows project_linear(Context& ctx, const LinearBranch& w, const float* normed, int64_t m) {
-    const int64_t qs = int64_t{config_.heads} * config_.head_dim, ks = int64_t{config_.kv_heads} * config_.head_dim;
+  LinearRows project_linear(Context& ctx, const LayerCall& call, const HybridLayer& l, const float* normed) {
+    const LinearBranch& w = l.linear;
+    const int64_t m = call.row_count, qs = int64_t{config_.heads} * config_.head_dim,
+                  ks = int64_t{config_.kv_heads} * config_.head_dim;
     const LinearRows p{ctx.activation(ActivationSlot::kQuery, static_cast<size_t>(m * qs)),
                        ctx.activation(ActivationSlot::kKey, static_cast<size_t>(m * ks)),
                        ctx.activation(ActivationSlot::kValue, static_cast<size_t>(m * ks)),
                        ctx.activation(ActivationSlot::kDecay, static_cast<size_t>(m * ks)),
                        ctx.activation(ActivationSlot::kMixed, static_cast<size_t>(m * qs))};
-    linear(ctx, w.q, normed, m, p.q);
-    linear(ctx, w.k, normed, m, p.k);
-    linear(ctx, w.v, normed, m, p.v);
+    project(ctx, call, SpikeSite::kAttnIn, l.softmax.spikes.of(SpikeSite::kAttnIn), normed,
+            {{&w.q, p.q}, {&w.k, p.k}, {&w.v, p.v}});
     sigmoid(ctx, p.q, m * qs);
     tied_gate(ctx, p.k, m * ks, p.k, p.decay);
     return p;
   }
 
   // out [M, D] = the linear branch of all rows, whose states are `states_`.
-  void mix_linear(Context& ctx, const HybridLayer& l, const LinearRows& p, int64_t m, float* out) {
+  void mix_linear(Context& ctx, const LayerCall& call, const HybridLayer& l, const LinearRows& p, float* out) {
     const int d = config_.head_dim;
+    const int64_t m = call.row_count;
     try {
       gated_linear_attention(ctx, {config_.heads, config_.kv_heads, d, d, l.softmax.layer.scale}, states_);
     } catch (const BadInput& error) {
@@ -214,16 +223,17 @@ class ParallelHybrid : public Model {
                         error.what());
     }
     if (!norm_after()) rms_norm(ctx, p.mixed, m * config_.heads, d, l.linear_norm, config_.norm_eps, p.mixed);
-    linear(ctx, l.linear.o, p.mixed, m, out);
+    project(ctx, call, SpikeSite::kOIn, l.softmax.spikes.of(SpikeSite::kOIn), p.mixed, {{&l.linear.o, out}});
   }
 
-  void feed(Context& ctx, const HybridLayer& l, float* hidden, int64_t m) {
+  void feed(Context& ctx, const LayerCall& call, const HybridLayer& l, float* hidden) {
+    const int64_t m = call.row_count;
     float* normed = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(m * config_.hidden));
     rms_norm(ctx, hidden, m, config_.hidden, l.mlp_norm, config_.norm_eps, normed);
     if (l.moe.experts.empty())
-      feed_forward(ctx, l.mlp, normed, m, hidden, LinearMode::kAccumulate);
+      feed_forward(ctx, call, l.mlp, normed, hidden, LinearMode::kAccumulate);
     else
-      moe_.forward(ctx, l.moe, normed, m, hidden);
+      moe_.forward(ctx, call, l.moe, normed, hidden);
   }
 
   // The sinks see each other and nothing else, so what they leave in each layer is a constant of the model:
@@ -262,11 +272,12 @@ class ParallelHybrid : public Model {
       float* branch = ctx.activation(ActivationSlot::kBranch, static_cast<size_t>(m * d));
       attention_.forward_sinks(ctx, l.softmax, sinks, positions, normed, branch);
       add_branch(ctx, branch, m, l.softmax_norm, l.softmax_weight, hidden);
-      const LinearRows p = project_linear(ctx, l.linear, normed, m);
+      const LayerCall call{.layer = i, .row_count = m, .call_tokens = m};  // of no sequence, watched by nobody
+      const LinearRows p = project_linear(ctx, call, l, normed);
       states_.assign(1, {p.q, p.k, p.v, p.decay, p.mixed, m, sink_state(i)});
-      mix_linear(ctx, l, p, m, branch);
+      mix_linear(ctx, call, l, p, branch);
       add_branch(ctx, branch, m, l.linear_norm, l.linear_weight, hidden);
-      feed(ctx, l, hidden, m);
+      feed(ctx, call, l, hidden);
       l.softmax.sinks = &sinks;
     }
     ctx.layer = -1;
@@ -287,8 +298,7 @@ class ParallelHybrid : public Model {
     // A token reads k experts of each layer.
     for (const HybridLayer& l : layers_)
       for (size_t e = static_cast<size_t>(config_.experts_per_token); e < l.moe.experts.size(); ++e)
-        info_.token_weight_bytes -= linear_bytes(l.moe.experts[e].gate) + linear_bytes(l.moe.experts[e].up) +
-                                    linear_bytes(l.moe.experts[e].down);
+        info_.token_weight_bytes -= feed_forward_bytes(l.moe.experts[e]);
   }
 
   SpikingBrainMoeConfig config_;
@@ -296,6 +306,7 @@ class ParallelHybrid : public Model {
   ModelInfo info_;
   WeightBinder weights_;
   AttentionBlock attention_;
+  SpikeCoding spikes_;
   MoeBlock moe_;
   std::vector<float> no_angles_;  // [d/2] zeros: rotation of a model without
   LinearWeight embedding_, head_;

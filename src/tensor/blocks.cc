@@ -32,8 +32,8 @@ struct Slab {
     Free* next;
   };
   size_t block;
-  size_t used = 0;    // blocks handed out
-  size_t fresh = 0;   // blocks that never were; the others are on the list
+  size_t used = 0;   // blocks handed out
+  size_t fresh = 0;  // blocks that never were; the others are on the list
   Free* free = nullptr;
   Slab* before = nullptr;  // in its size's list of slabs that have room
   Slab* after = nullptr;

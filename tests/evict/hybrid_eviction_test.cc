@@ -183,6 +183,97 @@ TEST(HybridEviction, ReplayLeavesTheStatesAsTheyWere) {
         << layer;
 }
 
+// What a layer mixed for the last token, and the evidence about it.
+class Tap : public LayerObserver {
+ public:
+  Tap(Context& ctx, const Model& model, PolicyNeeds needs) : ctx_(ctx), model_(model), needs_(needs) {}
+  void on_chunk(const LayerTap& tap, SequenceState& state) override {
+    const AttentionLayer& a = *model_.attention(tap.layer);
+    ASSERT_NE(tap.cache_share, nullptr);
+    witness.observe(ctx_, tap, a, state.kv, needs_);
+    share.insert(share.end(), tap.cache_share, tap.cache_share + tap.tokens * a.query_heads);
+    const float* end = tap.mixed + tap.tokens * a.query_heads * a.head_dim;
+    mixed.assign(end - a.query_heads * a.head_dim, end);
+  }
+  LayerWitness witness;
+  std::vector<float> share, mixed;
+
+ private:
+  Context& ctx_;
+  const Model& model_;
+  PolicyNeeds needs_;
+};
+
+// Policies see rows of the one softmax over cache and sinks, of which the cache has a share; and the measured
+// error is what really happens when entries go while the sinks stay.
+TEST(HybridEviction, EvidenceAndErrorsKnowOfTheSinks) {
+  HybridSpec s;
+  s.layers = 1;
+  s.full = {0};
+  s.linear_weight = 0;
+  Bench b(s);
+  const auto ids = prompt(50);
+  PolicyNeeds needs;
+  needs.window_rows = 6;
+  needs.output_norm = needs.column_sums = true;
+  EvidenceReader reader(*b.model, nullptr);
+  Tap dense(b.ctx, *b.model, needs);
+  SequenceState state = b.model->new_state(b.memory, {});
+  prefill(b.ctx, *b.model, state, ids, &dense, {.chunk = 16}, nullptr);
+  double least = 1;
+  for (int g = 0; g < 2; ++g) {
+    const HeadEvidence e = reader.read(b.ctx, state.kv, 0, g, dense.witness, needs, 50);
+    ASSERT_EQ(e.rows, 6);
+    double columns = 0, shares = 0;
+    for (int h = 0; h < 2; ++h) {
+      for (int t = 0; t < 6; ++t) {
+        double sum = 0;
+        for (int64_t i = 0; i < e.slots; ++i) sum += e.probs[(h * 6 + t) * e.slots + i];
+        const double share = dense.share[static_cast<size_t>((44 + t) * 4 + g * 2 + h)];
+        EXPECT_NEAR(sum, share, 1e-5);
+        least = std::min(least, share);
+      }
+      for (int64_t i = 0; i < e.slots; ++i) columns += e.column_sums[h * e.slots + i];
+      for (int t = 0; t < 50; ++t) shares += dense.share[static_cast<size_t>(t * 4 + g * 2 + h)];
+    }
+    EXPECT_NEAR(columns, shares, 1e-3);
+  }
+  EXPECT_LT(least, 0.95);  // the sinks do get something
+
+  std::vector<int32_t> all(50), kept;
+  for (int32_t i = 0; i < 50; ++i) {
+    all[static_cast<size_t>(i)] = i;
+    if (i % 3 == 0 || i == 49) kept.push_back(i);
+  }
+  const auto none = reader.error(b.ctx, state.kv, 0, dense.witness, 1, {all, all});
+  EXPECT_LT(none.renormalised, 1e-4 * none.output_norm);
+  EXPECT_LT(none.plain, 1e-4 * none.output_norm);
+  const auto some = reader.error(b.ctx, state.kv, 0, dense.witness, 1, {kept, kept});
+
+  // The same by doing it: all but the last token, entries gone, then the last token.
+  Tap evicted(b.ctx, *b.model, needs);
+  SequenceState cut = b.model->new_state(b.memory, {});
+  prefill(b.ctx, *b.model, cut, std::span(ids).first(49), nullptr, {}, nullptr);
+  kept.pop_back();
+  for (int g = 0; g < 2; ++g) cut.kv.keep(b.ctx, 0, g, kept);
+  b.decode(cut, {ids.back()}, &evicted);
+  const LinearWeight& o = b.model->attention(0)->output;
+  double norm = 0, error = 0;
+  for (int64_t row = 0; row < o.out(); ++row) {
+    double y = 0, e = 0;
+    for (int64_t i = 0; i < o.in(); ++i) {
+      const double w = o.weight.as<float>()[row * o.in() + i];
+      y += w * dense.mixed[static_cast<size_t>(i)];
+      e += w * (dense.mixed[static_cast<size_t>(i)] - evicted.mixed[static_cast<size_t>(i)]);
+    }
+    norm += y * y;
+    error += e * e;
+  }
+  EXPECT_NEAR(some.output_norm, std::sqrt(norm), 1e-4 * std::sqrt(norm));
+  EXPECT_NEAR(some.renormalised, std::sqrt(error), 1e-3 * std::sqrt(norm));
+  EXPECT_GT(std::sqrt(error), 1e-2 * std::sqrt(norm));
+}
+
 TEST(HybridEviction, DecodingEvictsAgain) {
   Bench b(full_and_window());
   Evictor evictor(b.ctx, *b.model, make_policy("laprox:window=8"), parse_budget("20"),

@@ -289,7 +289,8 @@ TEST(Selection, PyramidFollowsKvpressOnRequest) {
                                              window, 20) -
                               window;
       // Whole slots, and no more than the candidates there are: what is over goes to the other layers.
-      if (expected <= static_cast<double>(length - window)) RC_ASSERT(std::abs(static_cast<double>(found[static_cast<size_t>(l)]) - expected) <= 1.0);
+      if (expected <= static_cast<double>(length - window))
+        RC_ASSERT(std::abs(static_cast<double>(found[static_cast<size_t>(l)]) - expected) <= 1.0);
     }
   }));
   // docs/policies.md: nine layers, 4096 tokens, 5 %, a window of 32 (205 slots a head).

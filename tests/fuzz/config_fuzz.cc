@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "formats/config.h"
+#include "formats/spike_config.h"
 #include "formats/spikingbrain_config.h"
 #include "formats/spikingbrain_moe_config.h"
 #include "fuzz/fuzz.h"
@@ -28,6 +29,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       std::abort();
     for (int64_t window : config.layer_window)
       if (window < 0) std::abort();
+  });
+  lacuna::fuzz(data, size, [](std::string_view text) {
+    const auto config = lacuna::ConfigFile::parse(text, "fuzz");
+    if (lacuna::parse_quantiser_group(config) % 4 != 0) std::abort();
+    const auto coding = lacuna::parse_spike_coding(config, 2);
+    if (!coding) return;
+    if (coding->k.size() != 2) std::abort();
+    for (const auto& layer : coding->k)
+      for (float k : layer)
+        if (!(k >= 0) || !std::isfinite(k) || (k > 0 && !std::isfinite(1 / k))) std::abort();
   });
   return lacuna::fuzz(data, size, [](std::string_view text) {
     const auto config = lacuna::parse_model_config(lacuna::ConfigFile::parse(text, "fuzz"));

@@ -195,7 +195,7 @@ INSTANTIATE_TEST_SUITE_P(Cases, TimeCodeGolden, testing::ValuesIn(find_cases(fal
   std::string name = info.param;
   for (char& c : name)
     if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-  return name;
+  return name + "_" + std::to_string(info.index);
 });
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(TimeCodeGolden);
 
@@ -569,7 +569,7 @@ INSTANTIATE_TEST_SUITE_P(Cases, W8ASpikeGolden, testing::ValuesIn(w8aspike_cases
   std::string name = info.param;
   for (char& c : name)
     if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-  return name;
+  return name + "_" + std::to_string(info.index);
 });
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(W8ASpikeGolden);
 
@@ -577,7 +577,7 @@ INSTANTIATE_TEST_SUITE_P(Cases, W8ASpikeWhole, testing::ValuesIn(w8aspike_cases(
   std::string name = info.param;
   for (char& c : name)
     if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-  return name;
+  return name + "_" + std::to_string(info.index);
 });
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(W8ASpikeWhole);
 

@@ -28,7 +28,7 @@ struct Case {
 };
 
 struct Result {
-  std::vector<float> out, lse;
+  std::vector<float> out, lse, share;
 };
 
 Result run(Context& ctx, const Case& c) {
@@ -36,7 +36,7 @@ Result run(Context& ctx, const Case& c) {
   for (const Head& h : c.cache) cache.push_back(h.view());
   for (const Head& h : c.sinks) sinks.push_back(h.view());
   const auto rows = static_cast<size_t>(c.tokens * c.heads());
-  Result own{std::vector<float>(c.q.size()), std::vector<float>(rows)}, other = own;
+  Result own{std::vector<float>(c.q.size()), std::vector<float>(rows), std::vector<float>(rows)}, other = own;
   const AttentionSequence first{c.q.data(), own.out.data(), c.tokens, c.first_position, cache.data(), own.lse.data()};
   const AttentionSequence second{c.q.data(), other.out.data(), c.tokens, 0, sinks.data(), other.lse.data()};
   AttentionShape shape = c.shape();
@@ -45,7 +45,7 @@ Result run(Context& ctx, const Case& c) {
   shape.causal = false;
   attention(ctx, c.sink_layout, shape, {&second, 1});
   merge_attention(ctx, static_cast<int64_t>(rows), c.cache_layout.head_dim, own.out.data(), own.lse.data(),
-                  other.out.data(), other.lse.data());
+                  other.out.data(), other.lse.data(), own.share.data());
   return own;
 }
 
@@ -73,7 +73,10 @@ double error_of(const Case& c, const Result& got) {
         if (c.window == 0 || cache.position(i) > c.first_position + t - c.window) see(cache, i);
       for (int64_t i = 0; i < sinks.length(); ++i) see(sinks, i);
       double total = 0;
+      double of_cache = 0;
       for (double& w : weights) total += w = std::exp(w - top);
+      for (size_t i = 0; i + static_cast<size_t>(sinks.length()) < weights.size(); ++i) of_cache += weights[i];
+      worst = std::max(worst, std::fabs(of_cache / total - got.share[static_cast<size_t>(t * c.heads() + h)]));
       for (size_t i = 0; i < weights.size(); ++i)
         for (int64_t e = 0; e < d; ++e) out[static_cast<size_t>(e)] += weights[i] / total * values[i][e];
       for (int64_t e = 0; e < d; ++e)
@@ -118,6 +121,7 @@ TEST(MergeAttention, IsOneSoftmaxOverBothSets) {
       const Result a = run(one, c), b = run(three, c);
       RC_ASSERT(a.out == b.out);
       RC_ASSERT(a.lse == b.lse);
+      RC_ASSERT(a.share == b.share);
       RC_ASSERT(error_of(c, a) < 2e-5);
     }));
   }
@@ -145,6 +149,35 @@ TEST(MergeAttention, FarApartLogarithmsDoNotOverflow) {
   EXPECT_EQ(out[3], 7);
   EXPECT_EQ(lse[0], 5000);
   EXPECT_NEAR(lse[1], 90 + std::log(2.0), 1e-5);
+}
+
+// Observed attention beside sinks: every row counts as much as the sinks left of it.
+TEST(MergeAttention, ColumnSumsTakeSharesOfRows) {
+  EXPECT_TRUE(rc::check([] {
+    const auto tokens = *rc::gen::inRange<int64_t>(1, 500);
+    const int r = *rc::gen::inRange(1, 4), d = *rc::gen::element(8, 33);
+    const int64_t window = *rc::gen::element<int64_t>(0, 40), stride = r + *rc::gen::inRange(0, 3);
+    const KvLayout layout{DType::kF32, d, 32};
+    const Head head = random_head(layout, *rc::gen::inRange<int64_t>(0, 200), tokens, 700, 5);
+    const auto q = normals(static_cast<size_t>(tokens * r * d), 6);
+    auto share = normals(static_cast<size_t>(tokens * stride), 7);
+    for (float& x : share) x = 1 / (1 + std::exp(-x));
+    MemoryAccount memory;
+    Context ctx(memory, 2);
+    const int64_t n = head.length();
+    std::vector<float> sums(static_cast<size_t>(r * n));
+    attention_column_sums(ctx, layout, head.view(), q.data(), tokens, r, 0, 700, 0.3f, window, sums.data(),
+                          share.data(), stride);
+    for (int64_t j = 0; j < r; ++j) {
+      const auto rows = testing::exact_rows(head, d, q.data() + j * d, tokens, r * d, 700, 0.3f, window);
+      for (int64_t i = 0; i < n; ++i) {
+        double wanted = 0;
+        for (int64_t t = 0; t < tokens; ++t)
+          wanted += share[static_cast<size_t>(t * stride + j)] * rows[static_cast<size_t>(t * n + i)];
+        RC_ASSERT(std::fabs(sums[static_cast<size_t>(j * n + i)] - wanted) < 1e-4);
+      }
+    }
+  }));
 }
 
 TEST(MergeAttention, RefusesBadRequests) {

@@ -308,7 +308,7 @@ TEST_F(Convert, UpcycledLayersAreTheDenseOneScaledAsTheFormulaSays) {
   std::vector<float> x(static_cast<size_t>(64 * m));
   for (size_t i = 0; i < x.size(); ++i) x[i] = std::sin(static_cast<float>(i) * 0.7f);
   std::vector<float> plain(x.size());
-  feed_forward(ctx, dense, x.data(), m, plain.data(), LinearMode::kStore);
+  feed_forward(ctx, LayerCall{.row_count = m}, dense, x.data(), plain.data(), LinearMode::kStore);
 
   struct Shape {
     int experts, k, shared;
@@ -323,12 +323,12 @@ TEST_F(Convert, UpcycledLayersAreTheDenseOneScaledAsTheFormulaSays) {
     std::vector<float> p(chosen.size()), got(x.size());
     route(ctx, moe.shape, moe.router, x.data(), m, chosen.data(), p.data());
     MoeBlock block;
-    block.forward(ctx, moe, x.data(), m, got.data());
+    block.forward(ctx, LayerCall{.row_count = m}, moe, x.data(), got.data());
 
     // F with all three matrices times alpha, in double from the source's weights.
     const double alpha = std::pow(s.shared + static_cast<double>(s.k) / s.experts, -1.0 / 3);
-    const auto value = [](const LinearWeight& w, int64_t row, int64_t column) {
-      return double{w.weight.as<float>()[row * w.in() + column]};
+    const auto value = [](const Projection& w, int64_t row, int64_t column) {
+      return double{w.dense.weight.as<float>()[row * w.in() + column]};
     };
     for (int64_t t = 0; t < m; ++t) {
       double weight = s.shared;

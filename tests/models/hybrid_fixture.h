@@ -167,6 +167,8 @@ class HybridWalk {
     return out;
   }
   std::vector<std::vector<int64_t>> tokens_of_expert;  // of the text alone
+  double spike_k = 0;                                  // > 0: inputs of linear layers are counts times mean|x| / k …
+  bool spike_down = false;                             // … down_proj's too
 
  private:
   const std::vector<float>& values(const std::string& name) const { return c_.tensors.at(name).values; }
@@ -194,8 +196,17 @@ class HybridWalk {
     }
     return y;
   }
+  Row coded(const Row& x, bool wanted) const {
+    if (!wanted || spike_k == 0) return x;
+    double threshold = 0;
+    for (const double v : x) threshold += std::fabs(v);
+    threshold = std::clamp(threshold / static_cast<double>(x.size()) / spike_k, 1e-5, 1e4);
+    Row y;
+    for (const double v : x) y.push_back(std::nearbyint(v / threshold) * threshold);
+    return y;
+  }
   Row project(const std::string& at, const Row& x) const {
-    return product(at + ".weight", s.bias ? at + ".bias" : "", x);
+    return product(at + ".weight", s.bias ? at + ".bias" : "", coded(x, true));
   }
   Row rotated(Row x, double position) const {
     const int d = s.head_dim, half = d / 2;
@@ -271,15 +282,16 @@ class HybridWalk {
   // x += weight * normalised and projected branch.
   void add(const std::string& at, const Rows& mixed, double weight, Rows& x) const {
     for (size_t t = 0; t < x.size(); ++t) {
-      const Row y = s.before ? product(at + "o_proj.weight", "", norm(mixed[t], at + "norm.weight"))
-                             : norm(product(at + "o_proj.weight", "", mixed[t]), at + "norm.weight");
+      const Row y = s.before ? product(at + "o_proj.weight", "", coded(norm(mixed[t], at + "norm.weight"), true))
+                             : norm(product(at + "o_proj.weight", "", coded(mixed[t], true)), at + "norm.weight");
       for (size_t j = 0; j < y.size(); ++j) x[t][j] += weight * y[j];
     }
   }
   Row ffn(const std::string& at, const Row& x) const {
-    Row g = product(at + ".gate_proj.weight", "", x), u = product(at + ".up_proj.weight", "", x);
+    const Row in = coded(x, true);
+    Row g = product(at + ".gate_proj.weight", "", in), u = product(at + ".up_proj.weight", "", in);
     for (size_t j = 0; j < g.size(); ++j) g[j] = g[j] / (1 + std::exp(-g[j])) * u[j];
-    return product(at + ".down_proj.weight", "", g);
+    return product(at + ".down_proj.weight", "", coded(g, spike_down));
   }
   void feed(int i, const std::string& at, Rows& x, bool text) {
     for (Row& r : x) {

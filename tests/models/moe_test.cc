@@ -100,7 +100,7 @@ struct Engine {
   MoeBlock block;
   Values run(const MoeWeights& w, const float* x, int64_t m, const Values& before) {
     Values out = before;
-    block.forward(ctx, w, x, m, out.data());
+    block.forward(ctx, LayerCall{.row_count = m}, w, x, out.data());
     return out;
   }
   Values run(const MoeWeights& w, const float* x, int64_t m) {
@@ -147,9 +147,9 @@ TEST(Moe, ExpertsWithoutTokensAreNotRead) {
   const Values whole = e.run(layer.weights, x.data(), 20);
   for (size_t other = 0; other < 8; ++other) {
     if (other == 5) continue;
-    layer.weights.experts[other].gate.weight.data = layer.weights.experts[other].up.weight.data =
+    layer.weights.experts[other].gate.dense.weight.data = layer.weights.experts[other].up.dense.weight.data =
         reinterpret_cast<const void*>(64);
-    layer.weights.experts[other].down.weight.data = reinterpret_cast<const void*>(64);
+    layer.weights.experts[other].down.dense.weight.data = reinterpret_cast<const void*>(64);
   }
   OpTotals totals;
   e.ctx.trace = &totals;
@@ -165,7 +165,7 @@ TEST(Moe, OneExpertIsTheDenseFeedForward) {
   const auto x = normals(48 * 30, 6);
   Engine e;
   Values dense(48 * 30);
-  feed_forward(e.ctx, layer.weights.experts[0], x.data(), 30, dense.data(), LinearMode::kStore);
+  feed_forward(e.ctx, LayerCall{.row_count = 30}, layer.weights.experts[0], x.data(), dense.data(), LinearMode::kStore);
   EXPECT_EQ(e.run(layer.weights, x.data(), 30), dense);  // softmax over one expert is exactly 1
 }
 

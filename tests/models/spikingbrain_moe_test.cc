@@ -216,6 +216,49 @@ TEST(HybridModel, CompactTypesStayClose) {
   EXPECT_LT(relative(Engine(checkpoint, 2, quantised).all_logits(ids, 60)), 0.3);
 }
 
+// Every linear layer but router and head reads spike counts: those of both branches and of all experts.
+TEST(HybridModel, SpikesMatchTheFormulas) {
+  for (const bool before : {false, true})
+    for (const SpikeMode mode : {SpikeMode::kReference, SpikeMode::kPaper}) {
+      HybridSpec spec;
+      spec.before = before;
+      spec.top_k = 2;
+      HybridCheckpoint checkpoint{spec};
+      HybridWalk walk(checkpoint);
+      walk.spike_k = 3;
+      walk.spike_down = mode == SpikeMode::kPaper;
+      const auto ids = ids_of(12, 3);
+      const Rows wanted = walk.logits(ids);
+      LoadOptions options;
+      options.spikes.use = SpikeUse::kFake;
+      options.spikes.mode = mode;
+      Engine e(checkpoint, 2, options);
+      EXPECT_LT(largest_difference(e.all_logits(ids, 1000), wanted), 5e-4) << before;
+      walk.spike_k = 0;
+      EXPECT_GT(largest_difference(e.all_logits(ids, 1000), walk.logits(ids)), 0.01);  // and coding shows
+    }
+}
+
+TEST(HybridModel, IntegerAndEventSpikesAgree) {
+  HybridCheckpoint checkpoint{HybridSpec{}};
+  const auto ids = ids_of(20, 4);
+  LoadOptions options;
+  options.weights = WeightMode::kInt8;
+  options.spikes.mode = SpikeMode::kPaper;
+  std::vector<std::vector<float>> logits;
+  for (const SpikeUse use : {SpikeUse::kFake, SpikeUse::kInteger, SpikeUse::kEvent}) {
+    options.spikes.use = use;
+    Engine e(checkpoint, 2, options);
+    OpTotals totals;
+    e.ctx.trace = &totals;
+    logits.push_back(e.all_logits(ids, 1000));
+    EXPECT_GT(totals.total().spikes, 0);
+    EXPECT_GT(totals.of(OpKind::kExpert).experts, 0);
+  }
+  EXPECT_LT(largest_difference(logits[1], logits[0]), 1e-3f);
+  EXPECT_LT(largest_difference(logits[2], logits[1]), 1e-3f);
+}
+
 std::string load_error(const HybridCheckpoint& c) {
   MemoryAccount memory;
   Context ctx(memory, 1);

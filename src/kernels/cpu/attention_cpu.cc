@@ -20,8 +20,8 @@ constexpr int64_t kStreamRows = 16;
 // lies in (15 % faster than the keys of eight pages before their values), but not fewer than are worth a
 // softmax step, nor more than fit in a third of L1 (16 rows * 256 * 4 B = 16 KB).
 constexpr int64_t kLeastStreamTile = 32, kStreamTile = 256;
-// How far ahead of its use a stretch is asked for. Measured: nearer, a read from memory is still on its
-// way when it is needed; farther, lines are pushed out of L1 (48 KB) before they are used.
+// How far ahead of its use a stretch is asked for, into L2. Measured: nearer, a read from memory is still on
+// its way when it is needed; farther gains nothing (bench/NOTES-attention.md).
 constexpr int64_t kFetchAhead = 6 * 1024;
 // Slots of a chunk where the keys of few queries are split among threads: 1024 slots are 256 KB or
 // more of f32 at d = 32, against some 5 us to hand out an item. No more than 32 chunks a head, which
@@ -305,7 +305,10 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
   }
   if (narrow) {
     narrow->restore(dtype, sums, ld, m, job.d());
-    for (int64_t i = 0; i < rows; ++i) total[i] = std::accumulate(narrow_total + i * 16, narrow_total + i * 16 + 16, 0.0f);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* lanes = narrow_total + i * 16;
+      total[i] = std::accumulate(lanes, lanes + 16, 0.0f);
+    }
   }
   finish(job, item, sums, max, total);
 }
@@ -457,7 +460,7 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
 }
 
 void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,
-                     const float* other_lse) {
+                     const float* other_lse, float* share) {
   const AttentionOps& ops = attention_ops(cpu_isa());
   const int64_t piece = std::max<int64_t>(1, kMergeElements / d);
   const auto body = [&](int64_t index, int) {
@@ -467,6 +470,7 @@ void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* l
       ops.scale_row(out + i * d, a / (a + b), d, out + i * d);
       ops.add_row(other + i * d, b / (a + b), d, out + i * d);
       lse[i] = top + std::log(a + b);
+      if (share) share[i] = a / (a + b);
     }
   };
   ctx.pool.parallel_for((rows + piece - 1) / piece, std::ref(body));

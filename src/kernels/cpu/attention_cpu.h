@@ -64,12 +64,12 @@ struct AttentionCounts {
 void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
                std::span<const AttentionSequence> seqs, AttentionCounts& counts);
 void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,
-                     const float* other_lse);
+                     const float* other_lse, float* share);
 void window_attention(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t w, int r,
                       int64_t q_stride, int64_t first_position, float scale, int64_t window, float* probs,
                       AttentionCounts& counts);
 void attention_column_sums(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t tokens,
                            int r, int64_t q_stride, int64_t first_position, float scale, int64_t window, float* sums,
-                           AttentionCounts& counts);
+                           const float* share, int64_t share_stride, AttentionCounts& counts);
 
 }  // namespace lacuna::cpu

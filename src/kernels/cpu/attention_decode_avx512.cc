@@ -48,7 +48,8 @@ inline int least(int a, int b) { return a < b ? a : b; }
 // words [d / 4][hi, lo][rows] | scale [rows] f32 | start [hi, lo][rows]: what the sums begin with.
 struct DigitQuery {
   DigitQuery(void* base, int rows, int d)
-      : digits(static_cast<int32_t*>(base)), scale(reinterpret_cast<float*>(digits + d / 2 * rows)),
+      : digits(static_cast<int32_t*>(base)),
+        scale(reinterpret_cast<float*>(digits + d / 2 * rows)),
         start(digits + d / 2 * rows + rows) {}
   int32_t* digits;
   float* scale;
@@ -131,7 +132,7 @@ template <class F>
       a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
       a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
     }
-  // a[4q + c] now holds word c of each of the four 128-bit quarters, for rows 4q … 4q + 3.
+    // a[4q + c] now holds word c of each of the four 128-bit quarters, for rows 4q … 4q + 3.
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     const __m512i x = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x88), y = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xdd);
@@ -164,11 +165,12 @@ template <int kQ, bool kDirect, class F>
 [[gnu::always_inline]] inline void each_key_word(const Scores& s, const char* next, F f) {
   if constexpr (kDirect) {
     for (int c = 0; c < s.row / 4; c += kLanes)
-      each_word(s.rows + c * 4, s.row, [&](int w, __m512i k) __attribute__((always_inline)) {
-        if (next) prefetch(next + (c + w) * 64);
-        prefetch_near(s.rows + (c + w) * 64);
-        f(c + w, k);
-      });
+      each_word(
+          s.rows + c * 4, s.row, [&](int w, __m512i k) __attribute__((always_inline)) {
+            if (next) prefetch(next + (c + w) * 64);
+            prefetch_near(s.rows + (c + w) * 64);
+            f(c + w, k);
+          });
   } else {
     for (int c = 0; c < s.row / 4; ++c) {
       if (next) prefetch(next + c * 64);
@@ -190,15 +192,16 @@ void digit_scores(int first_row, const Scores& s) {
   }
   const int32_t* q = query.digits + first_row;
   const __m512i flip = _mm512_set1_epi32(static_cast<int>(0x80808080u));
-  each_key_word<kQ, kDirect>(s, first_row ? nullptr : s.next, [&](int c, __m512i key) __attribute__((always_inline)) {
-    const __m512i k = _mm512_xor_si512(key, flip);
-    const int32_t* at = q + 2 * rows * c;
+  each_key_word<kQ, kDirect>(
+      s, first_row ? nullptr : s.next, [&](int c, __m512i key) __attribute__((always_inline)) {
+        const __m512i k = _mm512_xor_si512(key, flip);
+        const int32_t* at = q + 2 * rows * c;
 #pragma GCC unroll 8
-    for (int i = 0; i < kQ; ++i) {
-      hi[i] = _mm512_dpbusd_epi32(hi[i], k, _mm512_set1_epi32(at[i]));
-      lo[i] = _mm512_dpbusd_epi32(lo[i], k, _mm512_set1_epi32(at[rows + i]));
-    }
-  });
+        for (int i = 0; i < kQ; ++i) {
+          hi[i] = _mm512_dpbusd_epi32(hi[i], k, _mm512_set1_epi32(at[i]));
+          lo[i] = _mm512_dpbusd_epi32(lo[i], k, _mm512_set1_epi32(at[rows + i]));
+        }
+      });
 #pragma GCC unroll 8
   for (int i = 0; i < kQ; ++i) {
     const Vec dot = {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(hi[i], 8), lo[i]))};
@@ -216,15 +219,16 @@ void pair_scores(int first_row, const Scores& s) {
   __m512 sums[kQ * kChains];
 #pragma GCC unroll 8
   for (int i = 0; i < kQ * kChains; ++i) sums[i] = _mm512_setzero_ps();
-  each_key_word<kQ, kDirect>(s, first_row ? nullptr : s.next, [&](int c, __m512i k) __attribute__((always_inline)) {
-    const int32_t* at = q + rows * c;
-    const int j = kDirect ? c / 4 % kChains : 0;
+  each_key_word<kQ, kDirect>(
+      s, first_row ? nullptr : s.next, [&](int c, __m512i k) __attribute__((always_inline)) {
+        const int32_t* at = q + rows * c;
+        const int j = kDirect ? c / 4 % kChains : 0;
 #pragma GCC unroll 8
-    for (int i = 0; i < kQ; ++i) {
-      __m512& sum = sums[i * kChains + j];
-      sum = _mm512_dpbf16_ps(sum, pairs(k), pairs(_mm512_set1_epi32(at[i])));
-    }
-  });
+        for (int i = 0; i < kQ; ++i) {
+          __m512& sum = sums[i * kChains + j];
+          sum = _mm512_dpbf16_ps(sum, pairs(k), pairs(_mm512_set1_epi32(at[i])));
+        }
+      });
 #pragma GCC unroll 8
   for (int i = 0; i < kQ; ++i) {
     __m512 sum = sums[i * kChains];
@@ -239,18 +243,27 @@ inline void each_group(int rows, const Args&... args) {
   int i = 0;
   for (; i + kMost <= rows; i += kMost) F<kMost>::run(i, args...);
   switch (rows - i) {
-    case 1: return F<1>::run(i, args...);
-    case 2: return F<2>::run(i, args...);
-    case 3: return F<3>::run(i, args...);
-    default: break;
+    case 1:
+      return F<1>::run(i, args...);
+    case 2:
+      return F<2>::run(i, args...);
+    case 3:
+      return F<3>::run(i, args...);
+    default:
+      break;
   }
   if constexpr (kMost > 4) {
     switch (rows - i) {
-      case 4: return F<4>::run(i, args...);
-      case 5: return F<5>::run(i, args...);
-      case 6: return F<6>::run(i, args...);
-      case 7: return F<7>::run(i, args...);
-      default: break;
+      case 4:
+        return F<4>::run(i, args...);
+      case 5:
+        return F<5>::run(i, args...);
+      case 6:
+        return F<6>::run(i, args...);
+      case 7:
+        return F<7>::run(i, args...);
+      default:
+        break;
     }
   }
 }
@@ -283,8 +296,17 @@ void scores(DType dtype, const void* codes, const float* scales, int count, int 
       __builtin_memset(rest + n * row, 0, static_cast<size_t>((kLanes - n) * row));
       from = rest;
     }
-    const Scores s{from,      keys, query, rows, d, row, digits ? load_part(scales + key, n) : zero(),
-                   first(n), out + key, ld, next ? static_cast<const char*>(next) + at : nullptr};
+    const Scores s{from,
+                   keys,
+                   query,
+                   rows,
+                   d,
+                   row,
+                   digits ? load_part(scales + key, n) : zero(),
+                   first(n),
+                   out + key,
+                   ld,
+                   next ? static_cast<const char*>(next) + at : nullptr};
     if (rows <= (digits ? kDirectDigits : kDirectPairs)) {
       if (digits)
         each_group<4, Product<true, true>::Rows>(rows, s);
@@ -326,9 +348,8 @@ void softmax_rows(const SoftmaxStep& s) {
     const Vec most = set1(s.max[i] + kSlack);
     __mmask16 above = 0;
     for (int c = s.from; c < s.to; c += kLanes)
-      above = static_cast<__mmask16>(
-          above | _mm512_mask_cmp_ps_mask(full ? first(16) : visible(c, begin, end), (load(row + c) * scale).v, most.v,
-                                          _CMP_GT_OQ));
+      above = static_cast<__mmask16>(above | _mm512_mask_cmp_ps_mask(full ? first(16) : visible(c, begin, end),
+                                                                     (load(row + c) * scale).v, most.v, _CMP_GT_OQ));
     Vec sum = load(s.sum + i * kLanes);
     s.shrink[i] = 1;
     if (above) [[unlikely]] {

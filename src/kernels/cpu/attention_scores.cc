@@ -126,7 +126,7 @@ void window_attention(Context& ctx, const KvLayout& layout, const KvHeadView& he
 
 void attention_column_sums(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t tokens,
                            int r, int64_t q_stride, int64_t first_position, float scale, int64_t window, float* sums,
-                           AttentionCounts& counts) {
+                           const float* share, int64_t share_stride, AttentionCounts& counts) {
   const AttentionOps& ops = attention_ops(cpu_isa());
   const Rows rows{layout, head, ops.f32, q, tokens, q_stride, first_position, window};
   const float s = scale * kLog2e;
@@ -138,8 +138,9 @@ void attention_column_sums(Context& ctx, const KvLayout& layout, const KvHeadVie
   const int64_t blocks = (tokens + kStatBlock - 1) / kStatBlock;
   const auto statistics = [&](int64_t index, int thread) {
     const int64_t j = index % r, t0 = (blocks - 1 - index / r) * kStatBlock;
-    row_statistics(ctx, ops, rows, t0, std::min(tokens, t0 + kStatBlock), j, s, max + j * tokens, inverse + j * tokens,
-                   thread);
+    const int64_t t1 = std::min(tokens, t0 + kStatBlock);
+    row_statistics(ctx, ops, rows, t0, t1, j, s, max + j * tokens, inverse + j * tokens, thread);
+    for (int64_t t = t0; share && t < t1; ++t) inverse[j * tokens + t] *= share[t * share_stride + j];
   };
   ctx.pool.parallel_for(blocks * r, std::ref(statistics));
 

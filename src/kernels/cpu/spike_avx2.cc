@@ -32,6 +32,16 @@ struct Avx2 {
     const __m256i s = _mm256_set1_epi32(four), magnitude = _mm256_abs_epi8(s);
     return {dot8(sum.low, codes, s, magnitude), dot8(sum.high, codes + 32, s, magnitude)};
   }
+
+  using Shorts = __m256i;
+  static constexpr int kShorts = 16;
+  static Shorts no_shorts() { return _mm256_setzero_si256(); }
+  static void store_shorts(int16_t* p, Shorts v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static Shorts add(Shorts a, Shorts b) { return _mm256_add_epi16(a, b); }
+  static Shorts subtract(Shorts a, Shorts b) { return _mm256_sub_epi16(a, b); }
+  static Shorts widen(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
 };
 
 #include "kernels/cpu/spike_body.h"

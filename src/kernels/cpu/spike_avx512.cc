@@ -17,6 +17,16 @@ struct Avx512 {
   static Sums dot(Sums sum, const uint8_t* codes, int32_t four) {
     return _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(codes), _mm512_set1_epi32(four));
   }
+
+  using Shorts = __m512i;
+  static constexpr int kShorts = 32;
+  static Shorts no_shorts() { return _mm512_setzero_si512(); }
+  static void store_shorts(int16_t* p, Shorts v) { _mm512_storeu_si512(p, v); }
+  static Shorts add(Shorts a, Shorts b) { return _mm512_add_epi16(a, b); }
+  static Shorts subtract(Shorts a, Shorts b) { return _mm512_sub_epi16(a, b); }
+  static Shorts widen(const int8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
 };
 
 #include "kernels/cpu/spike_body.h"

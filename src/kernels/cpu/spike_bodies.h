@@ -24,9 +24,10 @@ inline constexpr int64_t kSpikeRows = 64;
 inline constexpr int32_t kDenseMost = 127;
 // Largest sum of |s| that an int16 sum of codes within +-127 can hold: 127 * 258 = 32766.
 inline constexpr int32_t kSegmentMost = 258;
-// Active columns that an event body asks for ahead of their use: 64 pairs of lines are 8 KB in flight
-// (kSmallAhead, linear_bodies.h, gives the reason).
-inline constexpr int64_t kEventAhead = 64;
+// Active columns that an event body asks for ahead of their use. The first step of a segment wants its inputs in
+// any order, some 90 of them at the usual counts, and 64 more are the 8 KB in flight of kSmallAhead
+// (linear_bodies.h). Of 64, 160 and 256 the last two are alike, and 8 % above the first at half silence.
+inline constexpr int64_t kEventAhead = 160;
 // Event streams: see spike_linear.cc.
 inline constexpr uint16_t kStreamEnd = 0xffff;
 

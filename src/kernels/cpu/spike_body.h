@@ -3,7 +3,9 @@
 // compiled for that file's target and must not be merged with another's.
 //
 // S gives the dense product's inner step: Sums (16 int32 sums), zero(), store(int32*, Sums),
-// dot(Sums, const uint8_t* codes, int32_t four_counts), and kBiased: sums come out 128 * sum(counts) too high.
+// dot(Sums, const uint8_t* codes, int32_t four_counts), and kBiased: sums come out 128 * sum(counts) too high;
+// and the events': Shorts (kShorts int16 sums), no_shorts(), store_shorts(int16_t*, Shorts), add, subtract, and
+// widen(const int8_t*) (GCC 12 makes four instructions of the one that converts a whole register).
 
 // ---- neuron ---------------------------------------------------------------------------------------
 
@@ -206,11 +208,6 @@ void dense_piece(const SpikePiece& p) {
 
 // ---- events ---------------------------------------------------------------------------------------
 
-typedef int8_t Bytes32 __attribute__((vector_size(32)));
-typedef int16_t Shorts32 __attribute__((vector_size(64)));
-
-inline Shorts32 widen32(const int8_t* p) { return __builtin_convertvector(load_as<Bytes32>(p), Shorts32); }
-
 // Asks for columns ahead of their use: one call a spike keeps pace, since an active input has at least one.
 struct EventAhead {
   const uint32_t* next;
@@ -227,31 +224,35 @@ struct EventAhead {
 };
 
 // Adds one block of one row to sums [128].
+template <class S>
 inline void event_block(const int8_t* columns, const uint16_t* stream, int32_t* sums, EventAhead& ahead) {
+  constexpr int kSums = static_cast<int>(kEventTile) / S::kShorts;
   while (*stream != kStreamEnd) {
     int steps = *stream++;
-    Shorts32 sum[4] = {};
+    typename S::Shorts sum[kSums];
+#pragma GCC unroll 16
+    for (int c = 0; c < kSums; ++c) sum[c] = S::no_shorts();
     for (; steps > 0; --steps) {
       const int adds = stream[0], takes = stream[1];
       stream += 2;
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) sum[c] += sum[c];
+#pragma GCC unroll 16
+      for (int c = 0; c < kSums; ++c) sum[c] = S::add(sum[c], sum[c]);
       for (int e = 0; e < adds; ++e) {
         const int8_t* column = columns + int64_t{*stream++} * kEventTile;
         ahead.step();
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) sum[c] += widen32(column + 32 * c);
+#pragma GCC unroll 16
+        for (int c = 0; c < kSums; ++c) sum[c] = S::add(sum[c], S::widen(column + S::kShorts * c));
       }
       for (int e = 0; e < takes; ++e) {
         const int8_t* column = columns + int64_t{*stream++} * kEventTile;
         ahead.step();
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) sum[c] -= widen32(column + 32 * c);
+#pragma GCC unroll 16
+        for (int c = 0; c < kSums; ++c) sum[c] = S::subtract(sum[c], S::widen(column + S::kShorts * c));
       }
     }
     int16_t part[kEventTile];
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) store_as(part + 32 * c, sum[c]);
+#pragma GCC unroll 16
+    for (int c = 0; c < kSums; ++c) S::store_shorts(part + S::kShorts * c, sum[c]);
     for (int64_t j = 0; j < kEventTile; ++j) sums[j] += part[j];
   }
   // Inputs of more spikes than a segment holds: every spike by itself, shifted to its step.
@@ -271,7 +272,8 @@ inline void event_block(const int8_t* columns, const uint16_t* stream, int32_t* 
   }
 }
 
-inline void event_piece(const SpikePiece& p) {
+template <class S>
+void event_piece(const SpikePiece& p) {
   const SpikeWeight& w = *p.weight;
   const int64_t blocks = p.blocks.count();
   const int64_t most = p.active_end[blocks - 1] < kEventAhead ? p.active_end[blocks - 1] : kEventAhead;
@@ -290,8 +292,8 @@ inline void event_piece(const SpikePiece& p) {
     const bool last = block == blocks - 1 && tile == p.first_tile + p.tiles - 1;
     ahead.limit = p.active + p.active_end[block] + (last ? 0 : most);
     for (int64_t r = 0; r < p.rows; ++r)
-      event_block(tile_columns + begin * kEventTile, p.stream + p.stream_start[r * blocks + block],
-                  p.sums + r * kEventTile, ahead);
+      event_block<S>(tile_columns + begin * kEventTile, p.stream + p.stream_start[r * blocks + block],
+                     p.sums + r * kEventTile, ahead);
   };
   const auto group_body = [&](int64_t tile, int64_t, int64_t first, int64_t last) {
     if (!w.overflow_start) return;
@@ -310,5 +312,5 @@ inline void event_piece(const SpikePiece& p) {
 
 template <class S>
 constexpr SpikeBodies spike_table() {
-  return {fire_row, quantize_group, dense_piece<S>, event_piece};
+  return {fire_row, quantize_group, dense_piece<S>, event_piece<S>};
 }

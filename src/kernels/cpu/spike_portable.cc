@@ -22,6 +22,19 @@ struct Portable {
     __builtin_memcpy(&add, part, sizeof(add));
     return sum + add;
   }
+
+  typedef int16_t Shorts __attribute__((vector_size(16)));
+  static constexpr int kShorts = 8;
+  static Shorts no_shorts() { return Shorts{}; }
+  static void store_shorts(int16_t* p, Shorts v) { __builtin_memcpy(p, &v, sizeof(v)); }
+  static Shorts add(Shorts a, Shorts b) { return a + b; }
+  static Shorts subtract(Shorts a, Shorts b) { return a - b; }
+  static Shorts widen(const int8_t* p) {
+    typedef int8_t Bytes __attribute__((vector_size(8)));
+    Bytes v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return __builtin_convertvector(v, Shorts);
+  }
 };
 
 #include "kernels/cpu/spike_body.h"
