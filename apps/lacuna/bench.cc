@@ -130,7 +130,7 @@ Rates rates_of(const Cell& cell, const BenchOptions& o) {
   });
   r.decode_bytes = spread(cell.samples, [](const Sample& s) {
     const OpTotals::Sum sum = s.decode_ops.total();
-    return per_second(static_cast<double>(sum.weight_bytes + sum.kv_read_bytes), s.decode_seconds);
+    return per_second(static_cast<double>(sum.weight_bytes + sum.kv_read_bytes + sum.state_bytes), s.decode_seconds);
   });
   r.attention_bytes = spread(cell.samples, [](const Sample& s) {
     const auto& attention = s.decode_ops.of(OpKind::kAttention);
