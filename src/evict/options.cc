@@ -62,9 +62,9 @@ bool PolicyOptions::flag(std::string_view key, bool otherwise) {
   throw BadInput("policy {}: {}={} is neither true nor false", policy_, key, *text);
 }
 
-int PolicyOptions::choice(std::string_view key, std::span<const std::string_view> values) {
+int PolicyOptions::choice(std::string_view key, std::span<const std::string_view> values, int otherwise) {
   const std::string* text = take(key);
-  if (!text) return 0;
+  if (!text) return otherwise;
   for (size_t i = 0; i < values.size(); ++i)
     if (*text == values[i]) return static_cast<int>(i);
   throw BadInput("policy {}: {}={} is unknown; values are {}", policy_, key, *text, fmt::join(values, ", "));

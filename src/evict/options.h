@@ -16,8 +16,8 @@ class PolicyOptions {
   int integer(std::string_view key, int otherwise, int least, int most);
   double number(std::string_view key, double otherwise, double least, double most);
   bool flag(std::string_view key, bool otherwise);
-  // Index of the value among `values`; the first is the default.
-  int choice(std::string_view key, std::span<const std::string_view> values);
+  // Index of the value among `values`; `otherwise` is the default's.
+  int choice(std::string_view key, std::span<const std::string_view> values, int otherwise = 0);
   int odd(std::string_view key, int otherwise);  // a pooling kernel
   void done() const;
 

@@ -16,6 +16,7 @@ struct Entry {
 
 constexpr Entry kPolicies[] = {
     {"laprox", make_laprox, nullptr},
+    {"laprox_exact", make_laprox_exact, nullptr},
     {"snapkv", make_snapkv, nullptr},
     {"pyramidkv", make_pyramidkv, nullptr},
     {"adakv", nullptr, make_adakv},

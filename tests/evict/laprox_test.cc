@@ -211,6 +211,23 @@ RC_GTEST_PROP(LaProx, SelectionIsTheSortedList, ()) {
   RC_ASSERT(keep == expected);
 }
 
+// The named policy is the two switches that it stands for, and its own switches go first.
+TEST(LaProx, ExactIsTwoSwitches) {
+  MemoryAccount memory;
+  Context ctx(memory, 1);
+  FakeModel model(FakeShape{}, 5);
+  ScoreBoard board(ctx, model, {make_policy("laprox_exact:window=8"), make_policy("laprox:gqa=exact,normalise=none,window=8"),
+                                make_policy("laprox_exact:gqa=score_mean,normalise=layer_sum,window=8"), make_policy("laprox:window=8")});
+  SequenceState state = model.new_state(memory, {});
+  prefill(ctx, model, state, random_prompt(80, FakeShape{}.vocab, 5), &board, {}, nullptr);
+  for (int l = 0; l < FakeShape{}.layers; ++l)
+    for (size_t g = 0; g < board.scores(0, l).heads.size(); ++g) {
+      EXPECT_EQ(board.scores(0, l).heads[g].score, board.scores(1, l).heads[g].score);
+      EXPECT_EQ(board.scores(2, l).heads[g].score, board.scores(3, l).heads[g].score);
+      EXPECT_NE(board.scores(0, l).heads[g].score, board.scores(3, l).heads[g].score);
+    }
+}
+
 // What evicting costs is at most Z (1 - kept share), where the score is the bound's own summand.
 RC_GTEST_PROP(LaProx, LossIsBelowTheBound, ()) {
   const FakeShape shape = random_fake(false);

@@ -25,11 +25,11 @@ constexpr std::string_view kFloor[] = {"none", "head_mean"};
 
 class LaProx : public NamedPolicy {
  public:
-  explicit LaProx(PolicyOptions& options) {
-    group_ = static_cast<Group>(options.choice("gqa", kGroups));
+  LaProx(PolicyOptions& options, Group group, Normalise normalise) {
+    group_ = static_cast<Group>(options.choice("gqa", kGroups, static_cast<int>(group)));
     pool_at_ = static_cast<PoolAt>(options.choice("pool_at", kPoolAt));
     kernel_ = options.odd("pool_kernel", 7);
-    normalise_ = static_cast<Normalise>(options.choice("normalise", kNormalise));
+    normalise_ = static_cast<Normalise>(options.choice("normalise", kNormalise, static_cast<int>(normalise)));
     reduce_ = static_cast<WindowReduce>(options.choice("window_reduce", kReduce));
     value_ = static_cast<ValueLength>(options.choice("value", kValue));
     floor_ = options.choice("floor", kFloor) == 1;
@@ -211,6 +211,14 @@ class LaProx : public NamedPolicy {
 
 }  // namespace
 
-PolicyPtr make_laprox(PolicyOptions& options) { return std::make_shared<LaProx>(options); }
+PolicyPtr make_laprox(PolicyOptions& options) {
+  return std::make_shared<LaProx>(options, Group::kScoreMean, Normalise::kLayerSum);
+}
+
+// The length of what a layer's output loses with an entry, in one unit for all layers: neither the triangle
+// bound over the group nor the paper's division by the layer's sum (docs/policies.md says what each costs).
+PolicyPtr make_laprox_exact(PolicyOptions& options) {
+  return std::make_shared<LaProx>(options, Group::kExact, Normalise::kNone);
+}
 
 }  // namespace lacuna

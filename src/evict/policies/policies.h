@@ -9,6 +9,7 @@ using PolicyPtr = std::shared_ptr<const Policy>;
 
 // One maker a policy; each reads its switches and refuses the rest.
 PolicyPtr make_laprox(PolicyOptions& options);
+PolicyPtr make_laprox_exact(PolicyOptions& options);
 PolicyPtr make_snapkv(PolicyOptions& options);
 PolicyPtr make_pyramidkv(PolicyOptions& options);
 PolicyPtr make_streaming_llm(PolicyOptions& options);
