@@ -113,10 +113,10 @@ TEST(Attention, DecodeOverCodesIsAsGoodAsItsOperands) {
       const auto shape = shape_of(kv_heads, group, layout.head_dim, window);
       Engine e(1, ActivationType::kBF16);
       run(e, layout, shape, s);
-      RC_ASSERT(error_of(layout, shape, s) <= (layout.dtype == DType::kI8 ? 2e-4 : 6e-3) * max_value(s));
+      RC_ASSERT(error_of(layout, shape, s) <= (layout.dtype == DType::kI8 ? 3e-4 : 9e-3) * max_value(s));
       for (size_t i = 0; i < s.q.size(); i += static_cast<size_t>(layout.head_dim)) s.q[i] = 12;
       run(e, layout, shape, s);
-      RC_ASSERT(error_of(layout, shape, s) <= (layout.dtype == DType::kI8 ? 6e-4 : 1e-2) * max_value(s));
+      RC_ASSERT(error_of(layout, shape, s) <= (layout.dtype == DType::kI8 ? 8e-4 : 1.5e-2) * max_value(s));
     }));
   }
 }
