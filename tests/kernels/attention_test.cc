@@ -4,6 +4,7 @@
 #include <rapidcheck.h>
 
 #include "base/error.h"
+#include "kernels/cpu/attention_ops.h"
 #include "kernels/kv_fixture.h"
 
 namespace lacuna {
@@ -113,11 +114,50 @@ TEST(Attention, DecodeOverCodesIsAsGoodAsItsOperands) {
       const auto shape = shape_of(kv_heads, group, layout.head_dim, window);
       Engine e(1, ActivationType::kBF16);
       run(e, layout, shape, s);
-      RC_ASSERT(error_of(layout, shape, s) <= (layout.dtype == DType::kI8 ? 3e-4 : 9e-3) * max_value(s));
+      RC_ASSERT(error_of(layout, shape, s) <= (layout.dtype == DType::kI8 ? 2e-4 : 6e-3) * max_value(s));
       for (size_t i = 0; i < s.q.size(); i += static_cast<size_t>(layout.head_dim)) s.q[i] = 12;
       run(e, layout, shape, s);
-      RC_ASSERT(error_of(layout, shape, s) <= (layout.dtype == DType::kI8 ? 8e-4 : 1.5e-2) * max_value(s));
+      RC_ASSERT(error_of(layout, shape, s) <= (layout.dtype == DType::kI8 ? 6e-4 : 1e-2) * max_value(s));
     }));
+  }
+}
+
+// Products take two or four slots at a time; what lies behind the last one's probability and scale must not
+// count, and with odd pages that is another slot's, or another buffer's.
+TEST(Attention, NarrowValuesStopAtTheLastSlot) {
+  const cpu::NarrowOps* narrow_ops = cpu::attention_ops(detected_isa()).narrow;
+  if (!narrow_ops) return;  // a processor without these bodies
+  const cpu::NarrowOps& ops = *narrow_ops;
+  constexpr int kDim = 64, kTile = 32;
+  for (const int count : {1, 2, 3, 5, 30, 31, 32}) {
+    for (const int rows : {2, 3, 8, 16}) {
+      std::vector<BF16> values(static_cast<size_t>(kTile * kDim)), weights(static_cast<size_t>((rows + 1) * kTile), to_bf16(NAN));
+      for (size_t i = 0; i < values.size(); ++i) values[i] = to_bf16(static_cast<float>(i % 7) - 3);
+      std::vector<int8_t> codes(values.size());
+      for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<int8_t>(i % 7) - 3;
+      std::vector<float> scales(kTile, NAN), p(weights.size(), NAN);
+      for (int s = 0; s < count; ++s) {
+        scales[static_cast<size_t>(s)] = 1;
+        for (int i = 0; i < rows; ++i) {
+          p[static_cast<size_t>(i * kTile + s)] = static_cast<float>(1 + (i + s) % 4) / 4;
+          weights[static_cast<size_t>(i * kTile + s)] = to_bf16(p[static_cast<size_t>(i * kTile + s)]);
+        }
+      }
+      for (const DType dtype : {DType::kBF16, DType::kI8}) {
+        std::vector<float> out(static_cast<size_t>(rows * kDim), 0.0f);
+        const bool narrow = dtype == DType::kI8;
+        ops.values(dtype, narrow ? static_cast<void*>(codes.data()) : values.data(), scales.data(), count, kDim,
+                   narrow ? static_cast<void*>(p.data()) : weights.data(), kTile, rows, out.data(), kDim, nullptr);
+        ops.restore(dtype, out.data(), kDim, rows, kDim);
+        for (int i = 0; i < rows; ++i)
+          for (int c = 0; c < kDim; ++c) {
+            double expected = 0;
+            for (int s = 0; s < count; ++s) expected += p[static_cast<size_t>(i * kTile + s)] * codes[static_cast<size_t>(s * kDim + c)];
+            EXPECT_NEAR(out[static_cast<size_t>(i * kDim + c)], expected, 2e-3)
+                << dtype_name(dtype) << " count " << count << " row " << i << " of " << rows << " column " << c;
+          }
+      }
+    }
   }
 }
 

@@ -542,7 +542,9 @@ struct PairValues {
         const __m512bh y = pairs(_mm512_permutex2var_epi16(even, high, odd));
 #pragma GCC unroll 8
         for (int i = 0; i < kQ; ++i) {
-          const __m512bh w = pairs(word(p + i * ld + s));
+          // Behind the last probability lies another slot's, or nobody's: even times 0 a NaN would count.
+          const uint16_t* q = p + i * ld + s;
+          const __m512bh w = pairs(s + 1 < count ? word(q) : _mm512_set1_epi32(*q));
           sums[2 * i] = _mm512_dpbf16_ps(sums[2 * i], x, w);
           sums[2 * i + 1] = _mm512_dpbf16_ps(sums[2 * i + 1], y, w);
         }
