@@ -149,6 +149,26 @@ std::vector<int32_t> parse_token_ids(const ConfigFile& config, std::string_view 
   return ids;
 }
 
+HeadShape parse_head_shape(const ConfigFile& config, int64_t hidden, int64_t max_width, int default_head_dim) {
+  HeadShape s;
+  s.heads = static_cast<int>(config.integer("num_attention_heads", 1, 1 << 16));
+  s.kv_heads = static_cast<int>(config.integer("num_key_value_heads", 1, 1 << 16, s.heads));
+  if (s.heads % s.kv_heads != 0)
+    config.wrong("num_key_value_heads", fmt::format("a divisor of num_attention_heads, {}", s.heads));
+  if (config.has("head_dim") || default_head_dim != 0) {
+    s.head_dim = static_cast<int>(config.integer("head_dim", 1, 1 << 16, default_head_dim));
+    s.source = "head_dim";
+  } else {
+    if (hidden % s.heads != 0)
+      config.wrong("hidden_size", fmt::format("a multiple of num_attention_heads, {}, or a field head_dim", s.heads));
+    s.head_dim = static_cast<int>(hidden / s.heads);
+    s.source = "hidden_size";
+  }
+  if (int64_t{s.heads} * s.head_dim > max_width)
+    config.wrong(s.source, fmt::format("heads of at most {} over all {}", max_width, s.heads));
+  return s;
+}
+
 RopeConfig parse_rope_config(const ConfigFile& config, int64_t max_positions) {
   const double theta = config.number("rope_theta", 1, 1e15, 10000);
   std::optional<ConfigFile> parameters;
@@ -183,21 +203,12 @@ ModelConfig parse_model_config(const ConfigFile& config) {
   m.hidden = config.integer("hidden_size", 1, kMaxWidth);
   m.intermediate = config.integer("intermediate_size", 1, kMaxWidth);
   m.layers = static_cast<int>(config.integer("num_hidden_layers", 1, kMaxLayers));
-  m.heads = static_cast<int>(config.integer("num_attention_heads", 1, 1 << 16));
-  m.kv_heads = static_cast<int>(config.integer("num_key_value_heads", 1, 1 << 16, m.heads));
-  if (m.heads % m.kv_heads != 0)
-    config.wrong("num_key_value_heads", fmt::format("a divisor of num_attention_heads, {}", m.heads));
-  if (config.has("head_dim") || family.head_dim != 0) {
-    m.head_dim = static_cast<int>(config.integer("head_dim", 1, 1 << 16, family.head_dim));
-  } else {
-    if (m.hidden % m.heads != 0)
-      config.wrong("hidden_size", fmt::format("a multiple of num_attention_heads, {}, or a field head_dim", m.heads));
-    m.head_dim = static_cast<int>(m.hidden / m.heads);
-  }
+  const HeadShape shape = parse_head_shape(config, m.hidden, kMaxWidth, family.head_dim);
+  m.heads = shape.heads;
+  m.kv_heads = shape.kv_heads;
+  m.head_dim = shape.head_dim;
   if (m.head_dim % 2 != 0)
-    config.wrong("head_dim", fmt::format("an even size (it is {}): rotary embedding turns pairs", m.head_dim));
-  if (int64_t{m.heads} * m.head_dim > kMaxWidth)
-    config.wrong("head_dim", fmt::format("at most {} over all {} heads", kMaxWidth, m.heads));
+    config.wrong(shape.source, fmt::format("an even size of a head (it is {}): rotary embedding turns pairs", m.head_dim));
   m.rms_norm_eps = static_cast<float>(config.number("rms_norm_eps", 1e-30, 1, 1e-6));
   m.tie_word_embeddings = config.boolean("tie_word_embeddings", false);
   m.qkv_bias = family.attention_bias_field ? config.boolean("attention_bias", false) : family.qkv_bias;

@@ -67,6 +67,15 @@ StoredWeights parse_stored_weights(const ConfigFile& config);
 // One id or a list of them; empty when absent.
 std::vector<int32_t> parse_token_ids(const ConfigFile& config, std::string_view field);
 
+// num_attention_heads, num_key_value_heads (else as many) and head_dim, likewise.
+struct HeadShape {
+  int heads = 0, kv_heads = 0, head_dim = 0;
+  const char* source = "";  // the field that head_dim follows from
+};
+// Without the field, head_dim is default_head_dim, or hidden / heads if that is 0. All heads together are at most
+// max_width wide.
+HeadShape parse_head_shape(const ConfigFile& config, int64_t hidden, int64_t max_width, int default_head_dim = 0);
+
 // Empty when the folder has no generation_config.json, except for the end ids, which then come from
 // config.json where there is one.
 GenerationConfig load_generation_config(const std::filesystem::path& dir);

@@ -13,22 +13,12 @@ constexpr int64_t kMaxLayers = 1 << 14;
 constexpr int64_t kMaxPositions = std::numeric_limits<int32_t>::max() - 1;
 
 void read_heads(const ConfigFile& config, SpikingBrainConfig& m) {
-  m.heads = static_cast<int>(config.integer("num_attention_heads", 1, 1 << 16));
-  m.kv_heads = static_cast<int>(config.integer("num_key_value_heads", 1, 1 << 16, m.heads));
-  if (m.heads % m.kv_heads != 0)
-    config.wrong("num_key_value_heads", fmt::format("a divisor of num_attention_heads, {}", m.heads));
-  if (config.has("head_dim")) {
-    m.head_dim = static_cast<int>(config.integer("head_dim", 1, 1 << 16));
-  } else {
-    if (m.hidden % m.heads != 0)
-      config.wrong("hidden_size", fmt::format("a multiple of num_attention_heads, {}, or a field head_dim", m.heads));
-    m.head_dim = static_cast<int>(m.hidden / m.heads);
-  }
-  const char* source = config.has("head_dim") ? "head_dim" : "hidden_size";
+  const HeadShape shape = parse_head_shape(config, m.hidden, kMaxWidth);
+  m.heads = shape.heads;
+  m.kv_heads = shape.kv_heads;
+  m.head_dim = shape.head_dim;
   if (m.head_dim % 2 != 0)
-    config.wrong(source, fmt::format("an even size of a head (it is {}): rotary embedding turns pairs", m.head_dim));
-  if (int64_t{m.heads} * m.head_dim > kMaxWidth)
-    config.wrong(source, fmt::format("heads of at most {} over all {}", kMaxWidth, m.heads));
+    config.wrong(shape.source, fmt::format("an even size of a head (it is {}): rotary embedding turns pairs", m.head_dim));
 }
 
 void read_windows(const ConfigFile& config, SpikingBrainConfig& m) {

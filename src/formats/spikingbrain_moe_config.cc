@@ -36,19 +36,10 @@ bool second_of(const ConfigFile& config, std::string_view field, std::string_vie
 }
 
 void read_heads(const ConfigFile& config, SpikingBrainMoeConfig& m) {
-  m.heads = static_cast<int>(config.integer("num_attention_heads", 1, 1 << 16));
-  m.kv_heads = static_cast<int>(config.integer("num_key_value_heads", 1, 1 << 16, m.heads));
-  if (m.heads % m.kv_heads != 0)
-    config.wrong("num_key_value_heads", fmt::format("a divisor of num_attention_heads, {}", m.heads));
-  if (config.has("head_dim")) {
-    m.head_dim = static_cast<int>(config.integer("head_dim", 1, 1 << 16));
-  } else {
-    if (m.hidden % m.heads != 0)
-      config.wrong("hidden_size", fmt::format("a multiple of num_attention_heads, {}, or a field head_dim", m.heads));
-    m.head_dim = static_cast<int>(m.hidden / m.heads);
-  }
-  if (int64_t{m.heads} * m.head_dim > kMaxWidth)
-    config.wrong("head_dim", fmt::format("at most {} over all {} heads", kMaxWidth, m.heads));
+  const HeadShape shape = parse_head_shape(config, m.hidden, kMaxWidth);
+  m.heads = shape.heads;
+  m.kv_heads = shape.kv_heads;
+  m.head_dim = shape.head_dim;
 }
 
 void read_attention(const ConfigFile& config, SpikingBrainMoeConfig& m) {

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "kernels/elementwise.h"
-#include "models/attention_block.h"
+#include "models/feed_forward.h"
 #include "models/registry.h"
 #include "models/weights.h"
 
@@ -14,8 +14,8 @@ namespace {
 struct DecoderLayer {
   const float* attn_norm;  // [D]
   AttentionWeights attention;
-  const float* mlp_norm;      // [D]
-  Projection gate, up, down;  // [F, D], [F, D], [D, F]
+  const float* mlp_norm;  // [D]
+  FeedForward mlp;
 };
 
 class Decoder : public Model {
@@ -26,7 +26,7 @@ class Decoder : public Model {
         attention_(config_.rope, config_.head_dim, config_.max_positions),
         spikes_(resolve_spikes(dir, options.spikes, config_.layers, false)) {
     const int64_t d = config_.hidden, q = int64_t{config_.heads} * config_.head_dim,
-                  kv = int64_t{config_.kv_heads} * config_.head_dim, f = config_.intermediate;
+                  kv = int64_t{config_.kv_heads} * config_.head_dim;
     embedding_ = weights_.linear("model.embed_tokens", config_.vocab, d, false);
     for (int i = 0; i < config_.layers; ++i) {
       const std::string at = "model.layers." + std::to_string(i) + ".";
@@ -34,8 +34,7 @@ class Decoder : public Model {
       layer.attn_norm = weights_.vector(at + "input_layernorm.weight", d);
       AttentionWeights& a = layer.attention;
       a.spikes = spikes_.of(i);
-      const auto k_of = [&](SpikeSite site) { return a.spikes.of(site); };
-      const float at_in = k_of(SpikeSite::kAttnIn), at_mlp = k_of(SpikeSite::kMlpIn);
+      const float at_in = a.spikes.of(SpikeSite::kAttnIn);
       a.q = weights_.projection(at + "self_attn.q_proj", q, d, config_.qkv_bias, at_in, spikes_);
       a.k = weights_.projection(at + "self_attn.k_proj", kv, d, config_.qkv_bias, at_in, spikes_);
       a.v = weights_.projection(at + "self_attn.v_proj", kv, d, config_.qkv_bias, at_in, spikes_);
@@ -46,7 +45,7 @@ class Decoder : public Model {
       }
       LinearWeight output;
       a.output =
-          weights_.projection(at + "self_attn.o_proj", d, q, config_.o_bias, k_of(SpikeSite::kOIn), spikes_, &output);
+          weights_.projection(at + "self_attn.o_proj", d, q, config_.o_bias, a.spikes.of(SpikeSite::kOIn), spikes_, &output);
       a.layer = {config_.heads,
                  config_.kv_heads,
                  config_.head_dim,
@@ -56,9 +55,7 @@ class Decoder : public Model {
                  attention_.inv_freq(),
                  attention_.rope_factor()};
       layer.mlp_norm = weights_.vector(at + "post_attention_layernorm.weight", d);
-      layer.gate = weights_.projection(at + "mlp.gate_proj", f, d, config_.mlp_bias, at_mlp, spikes_);
-      layer.up = weights_.projection(at + "mlp.up_proj", f, d, config_.mlp_bias, at_mlp, spikes_);
-      layer.down = weights_.projection(at + "mlp.down_proj", d, f, config_.mlp_bias, k_of(SpikeSite::kDownIn), spikes_);
+      layer.mlp = bind_feed_forward(weights_, at + "mlp", d, config_.intermediate, spikes_, a.spikes, config_.mlp_bias);
       layers_.push_back(layer);
     }
     final_norm_ = weights_.vector("model.norm.weight", d);
@@ -97,19 +94,12 @@ class Decoder : public Model {
     ctx.layer = layer;
     const DecoderLayer& l = layers_[static_cast<size_t>(layer)];
     const LayerCall call{layer, row_count, rows, observers, first_token, call_tokens};
-    const int64_t f = config_.intermediate;
     float* normed = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(row_count * config_.hidden));
     rms_norm(ctx, hidden, row_count, config_.hidden, l.attn_norm, config_.rms_norm_eps, normed);
     attention_.forward(ctx, call, l.attention, normed, hidden, LinearMode::kAccumulate);
 
-    float* gate = ctx.activation(ActivationSlot::kGate, static_cast<size_t>(row_count * f));  // [M, F]
-    float* up = ctx.activation(ActivationSlot::kUp, static_cast<size_t>(row_count * f));
     rms_norm(ctx, hidden, row_count, config_.hidden, l.mlp_norm, config_.rms_norm_eps, normed);
-    const LayerSpikes& spikes = l.attention.spikes;
-    project(ctx, call, SpikeSite::kMlpIn, spikes.of(SpikeSite::kMlpIn), normed, {{&l.gate, gate}, {&l.up, up}});
-    silu_mul(ctx, gate, up, row_count, f, gate);
-    project(ctx, call, SpikeSite::kDownIn, spikes.of(SpikeSite::kDownIn), gate, {{&l.down, hidden}},
-            LinearMode::kAccumulate);
+    feed_forward(ctx, call, l.mlp, normed, hidden, LinearMode::kAccumulate);
     ctx.layer = -1;
   }
 

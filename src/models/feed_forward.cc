@@ -5,13 +5,13 @@
 namespace lacuna {
 
 FeedForward bind_feed_forward(WeightBinder& weights, const std::string& at, int64_t hidden, int64_t intermediate,
-                              const SpikeCoding& coding, const LayerSpikes& spikes) {
+                              const SpikeCoding& coding, const LayerSpikes& spikes, bool bias) {
   FeedForward w;
   w.input_k = spikes.of(SpikeSite::kMlpIn);
   w.down_k = spikes.of(SpikeSite::kDownIn);
-  w.gate = weights.projection(at + ".gate_proj", intermediate, hidden, false, w.input_k, coding);
-  w.up = weights.projection(at + ".up_proj", intermediate, hidden, false, w.input_k, coding);
-  w.down = weights.projection(at + ".down_proj", hidden, intermediate, false, w.down_k, coding);
+  w.gate = weights.projection(at + ".gate_proj", intermediate, hidden, bias, w.input_k, coding);
+  w.up = weights.projection(at + ".up_proj", intermediate, hidden, bias, w.input_k, coding);
+  w.down = weights.projection(at + ".down_proj", hidden, intermediate, bias, w.down_k, coding);
   return w;
 }
 

@@ -7,7 +7,7 @@
 #include "formats/spikingbrain_config.h"
 #include "kernels/elementwise.h"
 #include "kernels/gla.h"
-#include "models/attention_block.h"
+#include "models/feed_forward.h"
 #include "models/registry.h"
 #include "models/weights.h"
 
@@ -27,7 +27,7 @@ struct Layer {
   LinearAttentionWeights linear;     // of even layers
   AttentionWeights softmax;          // of odd layers
   const float* mlp_norm = nullptr;   // [D]
-  Projection gate, up, down;         // [F, D], [F, D], [D, F]
+  FeedForward mlp;
   LayerSpikes spikes;
 };
 
@@ -53,7 +53,7 @@ class GlaSwa : public Model {
         attention_(config_.rope, config_.head_dim, config_.max_positions),
         spikes_(resolve_spikes(dir, options.spikes, config_.layers,
                                weights_.has("model.layers.0.attn.q_proj.weight_quantizer.scales"))) {
-    const int64_t d = config_.hidden, f = config_.intermediate;
+    const int64_t d = config_.hidden;
     const WindowRule rule = resolve(options.window, config_.window);
     embedding_ = weights_.linear("model.embeddings", config_.vocab, d, false);
     for (int i = 0; i < config_.layers; ++i) {
@@ -67,10 +67,7 @@ class GlaSwa : public Model {
         bind_softmax(at + "attn.", config_.full_attention[static_cast<size_t>(i)] ? 0 : config_.sliding_window, rule,
                      layer.spikes, layer.softmax);
       layer.mlp_norm = weights_.vector(at + "mlp_norm.weight", d);
-      const float k_mlp = layer.spikes.of(SpikeSite::kMlpIn), k_down = layer.spikes.of(SpikeSite::kDownIn);
-      layer.gate = weights_.projection(at + "mlp.gate_proj", f, d, false, k_mlp, spikes_);
-      layer.up = weights_.projection(at + "mlp.up_proj", f, d, false, k_mlp, spikes_);
-      layer.down = weights_.projection(at + "mlp.down_proj", d, f, false, k_down, spikes_);
+      layer.mlp = bind_feed_forward(weights_, at + "mlp", d, config_.intermediate, spikes_, layer.spikes);
       layers_.push_back(layer);
     }
     final_norm_ = weights_.vector("model.norm.weight", d);
@@ -83,7 +80,7 @@ class GlaSwa : public Model {
     info_.max_positions = config_.max_positions;
     info_.parameters = weights_.parameters();
     // Codes made of f32 weights leave everything else in f32.
-    info_.weight_dtype = spikes_.group_scales ? embedding_.weight.dtype : layers_[0].gate.dtype();
+    info_.weight_dtype = spikes_.group_scales ? embedding_.weight.dtype : layers_[0].mlp.gate.dtype();
     info_.weight_bytes = weights_.bytes();
     info_.token_weight_bytes = weights_.bytes() - (config_.tie_word_embeddings ? 0 : linear_bytes(embedding_));
   }
@@ -116,7 +113,7 @@ class GlaSwa : public Model {
     ctx.layer = layer;
     const Layer& l = layers_[static_cast<size_t>(layer)];
     const LayerCall call{layer, row_count, rows, observers, first_token, call_tokens};
-    const int64_t d = config_.hidden, f = config_.intermediate;
+    const int64_t d = config_.hidden;
     float* normed = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(row_count * d));  // [M, D]
     rms_norm(ctx, hidden, row_count, d, l.attn_norm, config_.norm_eps, normed);
     call.show("normed", normed, d);
@@ -126,13 +123,8 @@ class GlaSwa : public Model {
       attention_.forward(ctx, call, l.softmax, normed, hidden, LinearMode::kAccumulate);
     call.show("resid_mid", hidden, d);
 
-    float* gate = ctx.activation(ActivationSlot::kGate, static_cast<size_t>(row_count * f));  // [M, F]
-    float* up = ctx.activation(ActivationSlot::kUp, static_cast<size_t>(row_count * f));
     rms_norm(ctx, hidden, row_count, d, l.mlp_norm, config_.norm_eps, normed);
-    project(ctx, call, SpikeSite::kMlpIn, l.spikes.of(SpikeSite::kMlpIn), normed, {{&l.gate, gate}, {&l.up, up}});
-    silu_mul(ctx, gate, up, row_count, f, gate);
-    project(ctx, call, SpikeSite::kDownIn, l.spikes.of(SpikeSite::kDownIn), gate, {{&l.down, hidden}},
-            LinearMode::kAccumulate);
+    feed_forward(ctx, call, l.mlp, normed, hidden, LinearMode::kAccumulate);
     call.show("resid_out", hidden, d);
     ctx.layer = -1;
   }
