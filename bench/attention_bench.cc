@@ -13,45 +13,13 @@
 #include <random>
 #include <vector>
 
+#include "bench.h"
 #include "cache/kv_cache.h"
 #include "kernels/cpu/machine_bodies.h"
 #include "kernels/elementwise.h"
-#include "kernels/machine.h"
 
 namespace lacuna {
 namespace {
-
-int bench_threads() {
-  const char* threads = std::getenv("LACUNA_BENCH_THREADS");
-  return threads ? std::max(0, std::atoi(threads)) : 0;
-}
-
-struct Bench {
-  MemoryAccount memory;
-  Context ctx{memory, bench_threads()};
-};
-Bench& bench() {
-  static Bench b;
-  return b;
-}
-
-double now() {
-  timespec t;
-  clock_gettime(bench().ctx.pool.size() > 1 ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID, &t);
-  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
-
-// Measured again for every benchmark: the best of several short looks, one of which the neighbours leave alone.
-MachineLimits limits() {
-  MachineLimits best;
-  for (int i = 0; i < 24; ++i) {
-    const MachineLimits m = measure_machine(bench().ctx, 0.02, size_t{64} << 20);
-    best.read_bytes_per_s = std::max(best.read_bytes_per_s, m.read_bytes_per_s);
-    best.f32_flops_per_s = std::max(best.f32_flops_per_s, m.f32_flops_per_s);
-    best.bf16_flops_per_s = std::max(best.bf16_flops_per_s, m.bf16_flops_per_s);
-  }
-  return best;
-}
 
 std::vector<float> random_floats(int64_t n) {
   std::minstd_rand random(1);

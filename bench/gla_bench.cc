@@ -1,7 +1,6 @@
 // Gated linear attention against the machine: FLOP/s of prefill and GB/s of decode, each beside the limit
 // measured in the same run. Rates are of the median call. LACUNA_BENCH_THREADS as in attention_bench.cc.
 #include <benchmark/benchmark.h>
-#include <time.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,41 +8,11 @@
 #include <random>
 #include <vector>
 
+#include "bench.h"
 #include "kernels/gla.h"
-#include "kernels/machine.h"
 
 namespace lacuna {
 namespace {
-
-struct Bench {
-  static int threads() {
-    const char* wish = std::getenv("LACUNA_BENCH_THREADS");
-    return wish ? std::max(0, std::atoi(wish)) : 0;
-  }
-  MemoryAccount memory;
-  Context ctx{memory, threads()};
-};
-Bench& bench() {
-  static Bench b;
-  return b;
-}
-
-// With one thread its own processor time, which other processes do not stretch.
-double now() {
-  timespec t;
-  clock_gettime(bench().ctx.pool.size() > 1 ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID, &t);
-  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
-
-MachineLimits limits() {
-  MachineLimits best;
-  for (int i = 0; i < 24; ++i) {
-    const MachineLimits m = measure_machine(bench().ctx, 0.02, size_t{64} << 20);
-    best.read_bytes_per_s = std::max(best.read_bytes_per_s, m.read_bytes_per_s);
-    best.f32_flops_per_s = std::max(best.f32_flops_per_s, m.f32_flops_per_s);
-  }
-  return best;
-}
 
 struct Last : TraceSink {
   void record(const OpRecord& r) override { last = r; }

@@ -15,6 +15,7 @@
 #include "base/error.h"
 #include "formats/config_file.h"
 #include "formats/safetensors.h"
+#include "goldens.h"
 #include "kernels/spike_linear.h"
 #include "models/forward.h"
 #include "spike/time_code.h"
@@ -23,11 +24,8 @@ namespace lacuna {
 namespace {
 
 namespace fs = std::filesystem;
-
-fs::path golden_root() {
-  const char* root = std::getenv("LACUNA_GOLDENS");
-  return root && *root ? fs::path(root) : fs::path(LACUNA_SOURCE_DIR) / "tests" / "goldens";
-}
+using golden::golden_root;
+using golden::split;
 
 bool holds_folders(const fs::path& dir) {
   return std::any_of(fs::directory_iterator(dir), fs::directory_iterator(),
@@ -53,17 +51,6 @@ std::vector<std::string> find_cases(bool with_model) {
     if (it->is_directory()) consider(it->path());
   std::sort(cases.begin(), cases.end());
   return cases;
-}
-
-std::vector<std::string> split(const std::string& text, char at) {
-  std::vector<std::string> parts(1);
-  for (char c : text) {
-    if (c == at)
-      parts.emplace_back();
-    else
-      parts.back() += c;
-  }
-  return parts;
 }
 
 // Numbers of one case, by key; every key must be read by some test.

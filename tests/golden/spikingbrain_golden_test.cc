@@ -15,17 +15,14 @@
 #include "base/error.h"
 #include "formats/safetensors.h"
 #include "formats/spikingbrain_config.h"
+#include "goldens.h"
 #include "models/forward.h"
 
 namespace lacuna {
 namespace {
 
 namespace fs = std::filesystem;
-
-fs::path golden_root() {
-  const char* root = std::getenv("LACUNA_GOLDENS");
-  return root && *root ? fs::path(root) : fs::path(LACUNA_SOURCE_DIR) / "tests" / "goldens";
-}
+using golden::golden_root;
 
 bool is_spikingbrain(const fs::path& dir) {
   return std::any_of(dir.begin(), dir.end(), [](const fs::path& part) { return part == "spikingbrain"; });

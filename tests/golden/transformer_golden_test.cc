@@ -15,17 +15,15 @@
 #include "evict/evictor.h"
 #include "evict/score_board.h"
 #include "formats/safetensors.h"
+#include "goldens.h"
 #include "models/forward.h"
 
 namespace lacuna {
 namespace {
 
 namespace fs = std::filesystem;
-
-fs::path golden_root() {
-  const char* root = std::getenv("LACUNA_GOLDENS");
-  return root && *root ? fs::path(root) : fs::path(LACUNA_SOURCE_DIR) / "tests" / "goldens";
-}
+using golden::golden_root;
+using golden::split;
 
 // Cases of the other systems keep the folder names that the golden set gives them.
 bool other_system(const fs::path& relative) {
@@ -45,17 +43,6 @@ std::vector<std::string> find_cases() {
   if (fs::exists(root / "config.json")) cases.push_back(".");
   std::sort(cases.begin(), cases.end());
   return cases;
-}
-
-std::vector<std::string> split(const std::string& text, char at) {
-  std::vector<std::string> parts(1);
-  for (char c : text) {
-    if (c == at)
-      parts.emplace_back();
-    else
-      parts.back() += c;
-  }
-  return parts;
 }
 
 class TransformerGolden : public testing::TestWithParam<std::string> {
