@@ -70,7 +70,9 @@ void check_charsmap(std::string_view blob, const std::string& where) {
     throw CorruptData("{}: the normaliser's replacements do not end with a NUL byte", where);
   for (size_t i = 0; i < units.size(); ++i) {
     const uint32_t unit = units[i];
-    if (unit >> 31) continue;  // a leaf: its value is checked from the node it belongs to
+    // A leaf: its value is checked from the node it belongs to. The library starts at the root without looking
+    // whether it is one.
+    if (i > 0 && unit >> 31) continue;
     const size_t base = i ^ (size_t{unit >> 10} << ((unit & (1u << 9)) >> 6));
     // A step reads base ^ label for any label of one byte.
     if ((base | 0xFF) >= units.size())

@@ -3,10 +3,13 @@
 
 #include <atomic>
 #include <chrono>
+#include <filesystem>
+#include <fstream>
 #include <thread>
 
 #include "base/error.h"
 #include "text/bpe_tokenizer.h"
+#include "text/sentencepiece_tokenizer.h"
 #include "text/utf8.h"
 #include "text/vectors.h"
 
@@ -163,6 +166,19 @@ TEST(TokenizerJson, ReplacementsCannotGrowWithoutBound) {
 TEST(LoadTokenizer, MissingOrDamagedFiles) {
   EXPECT_THROW(load_tokenizer("/nonexistent/model"), IoError);
   EXPECT_THROW(load_tokenizer(test_data()), BadInput) << "a folder without a tokenizer";
+}
+
+// Found by fuzzing: the library follows the offset of the trie's root whatever its leaf mark says.
+TEST(SentencePiece, RootOfTheNormalisersTrieIsChecked) {
+  std::ifstream in(std::filesystem::path(LACUNA_SOURCE_DIR) / "tests/fuzz/corpus/sentencepiece/leaf_as_root", std::ios::binary);
+  const std::string model((std::istreambuf_iterator<char>(in)), {});
+  ASSERT_FALSE(model.empty());
+  try {
+    make_sentencepiece_tokenizer(model, "damaged", std::nullopt);
+    ADD_FAILURE() << "was accepted";
+  } catch (const CorruptData& e) {
+    EXPECT_NE(std::string(e.what()).find("damaged: unit 0 of the normaliser's trie"), std::string::npos) << e.what();
+  }
 }
 
 TEST(Utf8, Steps) {
