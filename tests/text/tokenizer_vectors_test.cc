@@ -32,7 +32,7 @@ void expect_books(const Tokenizer& tokenizer, const char* name) {
 }
 
 TEST(TokenizerVectors, Gpt2) {
-  const fs::path dir = test_data() / "tokenizers" / "gpt2";
+  const fs::path dir = vocabulary("gpt2");
   const auto tokenizer = load_tokenizer(dir);
   EXPECT_EQ(tokenizer->vocab_size(), 50257);
   EXPECT_EQ(tokenizer->eos_id(), 50256);
@@ -42,7 +42,7 @@ TEST(TokenizerVectors, Gpt2) {
 }
 
 TEST(TokenizerVectors, Qwen25) {
-  const fs::path dir = test_data() / "tokenizers" / "qwen2.5";
+  const fs::path dir = vocabulary("qwen2.5");
   const auto tokenizer = load_tokenizer(dir);
   EXPECT_EQ(tokenizer->vocab_size(), 151665);
   EXPECT_EQ(tokenizer->eos_id(), 151643);
