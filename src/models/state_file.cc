@@ -64,7 +64,7 @@ std::string shown(const std::vector<int64_t>& shape) { return fmt::format("[{}]"
 // A file being read: every tensor is asked for once, with its dtype and shape.
 class Reader {
  public:
-  explicit Reader(const std::filesystem::path& path) : file_(path) {
+  explicit Reader(SafetensorsFile file) : file_(std::move(file)) {
     const auto format = file_.metadata().find("format");
     if (format == file_.metadata().end() || format->second != kFormat)
       throw CorruptData("{}: metadata 'format': found {}, expected \"{}\", which --save-state writes", file_.name(),
@@ -200,7 +200,11 @@ void save_state(Context& ctx, Model& model, const SequenceState& state, std::spa
 }
 
 StoredState load_state(Context& ctx, Model& model, int page_slots, const std::filesystem::path& path) {
-  Reader file(path);
+  return load_state(ctx, model, page_slots, SafetensorsFile(path));
+}
+
+StoredState load_state(Context& ctx, Model& model, int page_slots, SafetensorsFile safetensors) {
+  Reader file(std::move(safetensors));
   check_model(ctx, model, file);
   const ModelInfo& info = model.info();
   KvOptions options;

@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "formats/safetensors_file.h"
 #include "models/model.h"
 
 namespace lacuna {
@@ -25,5 +26,6 @@ void save_state(Context& ctx, Model& model, const SequenceState& state, std::spa
 // The same state, bit for bit, in pages of `page_slots`. Throws BadInput for a file of another model or other
 // weights, CorruptData for one that is damaged or is no such file; each names file and tensor, found and expected.
 StoredState load_state(Context& ctx, Model& model, int page_slots, const std::filesystem::path& path);
+StoredState load_state(Context& ctx, Model& model, int page_slots, SafetensorsFile file);
 
 }  // namespace lacuna
