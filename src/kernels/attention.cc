@@ -61,6 +61,10 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
   check_softmax(kOp, shape.scale, shape.window);
   if (!shape.causal && shape.window > 0)
     throw BadInput("{}: a window of {} in a call that is not causal; expected 0", kOp, shape.window);
+  if (shape.block < 1) throw BadInput("{}: blocks of {} positions; expected 1 or more", kOp, shape.block);
+  if (shape.block > 1 && (shape.window > 0 || !shape.causal))
+    throw BadInput("{}: blocks of {} positions with a window of {} in a call that is {}causal; expected a causal call "
+                   "without a window", kOp, shape.block, shape.window, shape.causal ? "" : "not ");
   const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
   check_stride(kOp, "q_stride", shape.q_stride, row);
   check_stride(kOp, "out_stride", shape.out_stride, row);

@@ -65,10 +65,13 @@ struct AttentionShape {
   int64_t window = 0;   // keys with position > query position - window are visible; 0 = all
   int64_t q_stride = 0, out_stride = 0;  // 0 = H * d
   bool causal = true;   // false: every query sees every slot, whatever its position; no window then
+  // Causal by blocks: positions are cut into blocks of so many, and a query sees the new tokens of its own block too,
+  // whatever their order. 1: causal. No window with others.
+  int64_t block = 1;
 };
 
 // out = softmax(q K^T * scale, causal) V for every sequence. Query t of a sequence sees slots
-// [0, length - T + t] of its head (those inside the window). Softmax in f32. One call serves
+// [0, length - T + t] of its head (those inside the window; to the end of its block if shape.block > 1). Softmax in f32. One call serves
 // prefill chunks (large T), decode (T = 1, many sequences), and continuation over an evicted cache.
 // A sequence's result does not depend on the other sequences or on the number of threads.
 void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape, std::span<const AttentionSequence> seqs);

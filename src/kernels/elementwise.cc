@@ -1,46 +1,9 @@
 #include "kernels/elementwise.h"
 
-#include <algorithm>
-#include <functional>
-
-#include "base/error.h"
 #include "kernels/cpu/elementwise_ops.h"
+#include "kernels/rows.h"
 
 namespace lacuna {
-namespace {
-
-// Elements of a piece of work: 16 Ki floats are a few microseconds, more than handing out a piece
-// costs, and the least that is worth waking the other threads for.
-constexpr int64_t kPieceElements = 16384;
-
-void check_rows(const char* op, int64_t m, int64_t d) {
-  if (m < 0 || d < 1) throw BadInput("{}: {} rows of {} elements; expected 0 or more rows of 1 or more", op, m, d);
-}
-
-int64_t check_stride(const char* op, int64_t stride, int64_t row) {
-  if (stride == 0) return row;
-  if (stride < row) throw BadInput("{}: rows of {} elements are {} apart", op, row, stride);
-  return stride;
-}
-
-// Calls row(i) for every row, several to a piece.
-template <typename Row>
-void for_rows(Context& ctx, int64_t m, int64_t row_elements, const Row& row) {
-  const int64_t piece = std::max<int64_t>(1, kPieceElements / row_elements);
-  const auto body = [&](int64_t index, int) {
-    for (int64_t i = index * piece, end = std::min(m, i + piece); i < end; ++i) row(i);
-  };
-  ctx.pool.parallel_for((m + piece - 1) / piece, std::ref(body));
-}
-
-void report(OpScope& scope, int64_t m, int64_t n, int64_t read, int64_t written) {
-  scope.record.m = m;
-  scope.record.n = n;
-  scope.record.activation_bytes = (read + written) * 4;
-}
-
-}  // namespace
-
 void rms_norm(Context& ctx, const float* x, int64_t m, int64_t d, const float* weight, float eps, float* y,
               int64_t stride) {
   check_rows("rms_norm", m, d);
@@ -50,7 +13,7 @@ void rms_norm(Context& ctx, const float* x, int64_t m, int64_t d, const float* w
   OpScope scope(ctx, OpKind::kNorm);
   const auto& ops = cpu::elementwise_ops(cpu_isa());
   for_rows(ctx, m, d, [&](int64_t i) { ops.rms_norm(x + i * stride, d, weight, eps, y + i * stride); });
-  report(scope, m, d, m * d, m * d);
+  report_rows(scope, m, d, m * d, m * d);
   scope.record.weight_bytes = d * 4;
 }
 
@@ -64,7 +27,7 @@ void silu_mul(Context& ctx, const float* gate, const float* up, int64_t m, int64
   OpScope scope(ctx, OpKind::kActivation);
   const auto& ops = cpu::elementwise_ops(cpu_isa());
   for_rows(ctx, m, f, [&](int64_t i) { ops.silu_mul(gate + i * stride, up + i * stride, f, out + i * f); });
-  report(scope, m, f, 2 * m * f, m * f);
+  report_rows(scope, m, f, 2 * m * f, m * f);
 }
 
 namespace {
@@ -81,7 +44,7 @@ void for_elements(Context& ctx, const char* op, const float* x, const float* out
     piece(at, std::min(kPieceElements, n - at));
   };
   ctx.pool.parallel_for((n + kPieceElements - 1) / kPieceElements, std::ref(body));
-  report(scope, 1, n, n, n);
+  report_rows(scope, 1, n, n, n);
 }
 
 }  // namespace
@@ -95,6 +58,16 @@ void log_sigmoid(Context& ctx, const float* x, int64_t n, float factor, float* o
   const auto& ops = cpu::elementwise_ops(cpu_isa());
   for_elements(ctx, "log_sigmoid", x, out, n,
                [&](int64_t at, int64_t count) { ops.log_sigmoid(x + at, count, factor, out + at); });
+}
+
+void silu(Context& ctx, float* x, int64_t n) {
+  const auto& ops = cpu::elementwise_ops(cpu_isa());
+  for_elements(ctx, "silu", x, x, n, [&](int64_t at, int64_t count) { ops.silu(x + at, count); });
+}
+
+void gelu_tanh(Context& ctx, float* x, int64_t n) {
+  const auto& ops = cpu::elementwise_ops(cpu_isa());
+  for_elements(ctx, "gelu_tanh", x, x, n, [&](int64_t at, int64_t count) { ops.gelu_tanh(x + at, count); });
 }
 
 void rope(Context& ctx, float* x, int64_t m, int64_t heads, int64_t d, const float* cos_table, const float* sin_table,
@@ -111,7 +84,26 @@ void rope(Context& ctx, float* x, int64_t m, int64_t heads, int64_t d, const flo
     for (int64_t h = 0; h < heads; ++h)
       ops.rope(x + i * stride + h * d, d / 2, cos_table + i * (d / 2), sin_table + i * (d / 2));
   });
-  report(scope, m, heads * d, m * heads * d + m * d, m * heads * d);
+  report_rows(scope, m, heads * d, m * heads * d + m * d, m * heads * d);
+}
+
+void rope_pairs(Context& ctx, float* x, int64_t m, int64_t heads, int64_t d, int64_t rotated, const float* cos_table,
+                const float* sin_table, int64_t stride) {
+  check_rows("rope_pairs", m, d);
+  if (heads < 1) throw BadInput("rope_pairs: {} heads; expected 1 or more", heads);
+  if (rotated < 0 || rotated > d || rotated % 2 != 0)
+    throw BadInput("rope_pairs: {} of a head's {} elements are turned; expected an even number of them", rotated, d);
+  stride = check_stride("rope_pairs", stride, heads * d);
+  if (m == 0 || rotated == 0) return;
+  if (!x || !cos_table || !sin_table) throw BadInput("rope_pairs: {} rows without x or tables", m);
+  OpScope scope(ctx, OpKind::kRope);
+  const auto& ops = cpu::elementwise_ops(cpu_isa());
+  const int64_t half = rotated / 2;
+  for_rows(ctx, m, heads * rotated, [&](int64_t i) {
+    for (int64_t h = 0; h < heads; ++h)
+      ops.rope_pairs(x + i * stride + h * d, half, cos_table + i * half, sin_table + i * half);
+  });
+  report_rows(scope, m, heads * rotated, m * (heads + 1) * rotated, m * heads * rotated);
 }
 
 }  // namespace lacuna

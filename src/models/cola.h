@@ -23,13 +23,12 @@ struct ColaState {
 
 // Consecutive rows of one sequence in a batch: the batch's rows are those of its entries, one after the other.
 // With a state, row i stands at position (history or decoded) + i and sees what the state remembers; without one, at
-// first_position + i and sees nothing before first_position (RoPE is relative: the DiT's velocities of a block without
-// history are the same at any multiple of the block size). Within, attention is causal by blocks of positions.
+// position i and sees nothing but these rows (RoPE is relative: nothing else would change at another multiple of the
+// block size). Within, attention is causal by blocks of positions.
 struct LatentRows {
   ColaState* state = nullptr;  // null: no history, and none is kept. A state may stand in a call once.
   int64_t rows = 0;
   int64_t keep = 0;            // so many rows, from the first, are appended to the state; the others leave no trace
-  int64_t first_position = 0;  // without a state
 };
 
 // Adaptive layer norm's shifts, scales and gates of every layer for a fixed set of timesteps, so that the weights
@@ -67,13 +66,21 @@ struct ColaInfo {
   size_t velocity_bytes = 0, decode_bytes = 0, append_bytes = 0, encode_bytes = 0, timestep_bytes = 0;
 };
 
-// Watches what layers put out, for tests and tools: rows [rows, width] of a part of the model.
+// A named intermediate result of some rows of a call, for tests and tools.
+struct ColaTap {
+  const char* part = "";  // "encoder", "decoder" or "dit"
+  // "hidden": the residual stream after the layer (layer -1: before the first). "q", "k" before RoPE, "attn", "mlp":
+  // what the two halves of a layer put out, before gates and norms of it.
+  const char* name = "";
+  int layer = 0;
+  int64_t first_row = 0;  // of the call's batch that data holds
+  int64_t rows = 0, width = 0, stride = 0;
+  const float* data = nullptr;  // [rows, width], rows `stride` floats apart
+};
 class ColaObserver {
  public:
   virtual ~ColaObserver() = default;
-  // part: "encoder", "decoder" or "dit"; layer -1: before the first. First row of the call's batch that `data` holds.
-  virtual void on_hidden(const char* part, int layer, int64_t first_row, int64_t rows, int64_t width,
-                         const float* data) = 0;
+  virtual void on_tensor(const ColaTap& tap) = 0;
 };
 
 // Loaded weights, and what all sequences share. Calls run one after the other (as a Context's ops do).

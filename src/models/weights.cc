@@ -59,9 +59,19 @@ const float* WeightBinder::floats(const Tensor& t, const std::string& name) {
 }
 
 LinearWeight WeightBinder::linear(const std::string& name, int64_t out, int64_t in, bool bias) {
+  return bind(name, files_.get(name + ".weight", {out, in}), bias);
+}
+
+LinearWeight WeightBinder::convolution(const std::string& name, int64_t out, int64_t in, int64_t taps, bool bias) {
+  const Tensor t = files_.get(name + ".weight", {out, in, taps});
+  return bind(name, Tensor(t.data, t.dtype, {out, in * taps}), bias);
+}
+
+LinearWeight WeightBinder::bind(const std::string& name, Tensor weight, bool bias) {
   const std::string weight_name = name + ".weight";
+  const int64_t out = weight.shape[0], in = weight.shape[1];
   LinearWeight w;
-  w.weight = files_.get(weight_name, {out, in});
+  w.weight = weight;
   const auto file = files_.file_of(weight_name);
   if (!is_float(w.weight.dtype) && w.weight.dtype != DType::kI8)
     throw CorruptData("{}: tensor '{}': found dtype {}, expected f32, f16, bf16 or int8", file.string(), weight_name,

@@ -23,7 +23,10 @@ class WeightBinder {
   bool has(const std::string& name) const { return files_.has(name); }
   // `name`.weight [out, in], with `name`.bias [out] if `bias`.
   LinearWeight linear(const std::string& name, int64_t out, int64_t in, bool bias);
-  // As above for a layer whose input is spike-coded if k > 0: int8 codes with a scale a row as they are, f32
+  // As linear() for a convolution whose stride is its width: `name`.weight [out, in, taps] takes rows of in * taps
+  // values, channel by channel.
+  LinearWeight convolution(const std::string& name, int64_t out, int64_t in, int64_t taps, bool bias);
+  // As linear() for a layer whose input is spike-coded if k > 0: int8 codes with a scale a row as they are, f32
   // weights of a W8ASpike checkpoint by the codes round(weight / scale) of its `name`.weight_quantizer.scales.
   // Weights of other kinds can only be fake-quantised, which kFake does, and `floats_too` allows for small
   // matrices that int8 checkpoints keep in floats; otherwise they are Unsupported.
@@ -39,6 +42,7 @@ class WeightBinder {
   size_t bytes() const { return bytes_; }
 
  private:
+  LinearWeight bind(const std::string& name, Tensor weight, bool bias);
   const float* own(Buffer buffer);
   const float* floats(const Tensor& tensor, const std::string& name);
   const SpikeWeight* own(PackedSpikeWeight packed);

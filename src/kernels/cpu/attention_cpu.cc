@@ -76,7 +76,9 @@ struct Job {
   }
   // Slots that a token of a sequence sees end here.
   int64_t end(const AttentionSequence& s, const KvHeadView& h, int64_t token) const {
-    return shape.causal ? h.length - s.tokens + token + 1 : h.length;
+    if (!shape.causal) return h.length;
+    const int64_t in_block = (s.first_position + token) % shape.block;
+    return h.length - s.tokens + std::min(s.tokens, token - in_block + shape.block);
   }
   int64_t rows(const Item& item) const { return (item.token_end - item.token_begin) * group; }
   bool streams(const Item& item) const { return rows(item) <= kStreamRows; }

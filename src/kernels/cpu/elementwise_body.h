@@ -92,4 +92,78 @@ void rope(float* x, int64_t half, const float* cosine, const float* sine) {
   }
 }
 
-inline constexpr ElementwiseOps kOps = {rms_norm, silu_mul, relu, log_sigmoid, rope};
+// Calls each(at, count) for vectors of kLanes values, the last of which may be shorter.
+template <class Each>
+inline void each_vector(int64_t n, const Each& each) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) each(i, kLanes);
+  if (i < n) each(i, static_cast<int>(n - i));
+}
+
+void silu_in_place(float* x, int64_t n) {
+  each_vector(n, [x](int64_t i, int count) { store_part(x + i, silu(load_part(x + i, count)), count); });
+}
+
+// x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), is the tanh form. Below -20 it is 0 to f32, and x is held there so
+// that it does not outgrow the exponential, which is held at 2^126.
+void gelu_tanh(float* x, int64_t n) {
+  const Vec cubic = set1(-2.30220819813f * 0.044715f), linear = set1(-2.30220819813f);  // -2 sqrt(2/pi) log2(e)
+  each_vector(n, [=](int64_t i, int count) {
+    const Vec a = vmax(set1(-20.0f), load_part(x + i, count));
+    const Vec e = exp2<5>(vmin(set1(126.0f), a * fma(a * a, cubic, linear)));
+    store_part(x + i, a / (set1(1.0f) + e), count);
+  });
+}
+
+void rope_pairs(float* x, int64_t half, const float* cosine, const float* sine) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = x[2 * i], b = x[2 * i + 1], c = cosine[i], s = sine[i];
+    x[2 * i] = a * c - b * s;
+    x[2 * i + 1] = b * c + a * s;
+  }
+}
+
+// Sum over a row of term(at, count), four sums at a time to hide the latency of the additions.
+template <class Term>
+inline float row_sum(int64_t d, const Term& term) {
+  Vec s[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= d; i += 4 * kLanes)
+    for (int u = 0; u < 4; ++u) s[u] = s[u] + term(i + u * kLanes, kLanes);
+  for (; i < d; i += kLanes) s[0] = s[0] + term(i, d - i < kLanes ? static_cast<int>(d - i) : kLanes);
+  return sum((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+void layer_norm(const float* x, int64_t d, const float* weight, const float* bias, float eps, const float* shift,
+                const float* scale, bool add, float* y) {
+  const float mean = row_sum(d, [x](int64_t i, int n) { return load_part(x + i, n); }) / static_cast<float>(d);
+  const Vec m = set1(mean);
+  // Unused lanes of the last vector hold 0, which is not the mean: they must not count.
+  const float variance = row_sum(d, [x, m](int64_t i, int n) {
+    Vec a = load_part(x + i, n) - m;
+    if (n < kLanes) {
+      float part[kLanes] = {};
+      store_part(part, a, n);
+      a = load(part);
+    }
+    return a * a;
+  }) / static_cast<float>(d);
+  const Vec f = set1(1.0f / square_root(variance + eps));
+  each_vector(d, [=](int64_t i, int n) {
+    Vec a = (load_part(x + i, n) - m) * f;
+    if (weight) a = a * load_part(weight + i, n);
+    if (bias) a = a + load_part(bias + i, n);
+    if (scale) a = fma(a, set1(1.0f) + load_part(scale + i, n), load_part(shift + i, n));
+    if (add) a = load_part(y + i, n) + a;
+    store_part(y + i, a, n);
+  });
+}
+
+void add_product(const float* a, const float* b, int64_t n, float* y) {
+  each_vector(n, [=](int64_t i, int count) {
+    store_part(y + i, fma(load_part(a + i, count), load_part(b + i, count), load_part(y + i, count)), count);
+  });
+}
+
+inline constexpr ElementwiseOps kOps = {rms_norm,  silu_mul,   relu,       log_sigmoid, rope, silu_in_place,
+                                        gelu_tanh, rope_pairs, layer_norm, add_product};

@@ -17,6 +17,17 @@ struct ElementwiseOps {
   void (*log_sigmoid)(const float* x, int64_t n, float factor, float* out);
   // Rotates the pairs (i, i + half) of one head.
   void (*rope)(float* x, int64_t half, const float* cosine, const float* sine);
+  // x / (1 + e^-x), and GELU by tanh, in place.
+  void (*silu)(float* x, int64_t n);
+  void (*gelu_tanh)(float* x, int64_t n);
+  // Rotates the pairs (2i, 2i + 1) of one head.
+  void (*rope_pairs)(float* x, int64_t half, const float* cosine, const float* sine);
+  // n = (x - mean) / sqrt(variance + eps) * weight + bias (each null: 1, 0); y = n, or n * (1 + scale) + shift unless
+  // both are null; added to y if `add`. May be in place.
+  void (*layer_norm)(const float* x, int64_t d, const float* weight, const float* bias, float eps, const float* shift,
+                     const float* scale, bool add, float* y);
+  // y += a * b.
+  void (*add_product)(const float* a, const float* b, int64_t n, float* y);
 };
 
 const ElementwiseOps& elementwise_ops_portable();

@@ -1,0 +1,157 @@
+#include "models/dit.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/elementwise.h"
+
+namespace lacuna {
+namespace {
+
+constexpr int64_t kSinusoid = 256;  // of a timestep
+
+RopeConfig rope_of(double theta) {
+  RopeConfig rope;
+  rope.theta = theta;
+  return rope;
+}
+
+// [sin | cos] of t * 10000^(-i / 128), every step in f32 as the published code forms it: in doubles it would differ
+// by up to 6e-5 at t = 1000.
+void sinusoid(float t, float* out) {
+  constexpr int64_t half = kSinusoid / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float exponent = static_cast<float>(-std::log(10000.0)) * static_cast<float>(i) / static_cast<float>(half);
+    const float angle = t * std::exp(exponent);
+    out[i] = std::sin(angle);
+    out[half + i] = std::cos(angle);
+  }
+}
+
+}  // namespace
+
+Dit::Dit(const ColaDitConfig& config, WeightBinder& weights)
+    : config_(config),
+      attention_(rope_of(10000), LatentAttention::Pairs::kNeighbours, config.rope_dim, config.heads, config.head_dim,
+                 config.block) {
+  const int64_t d = config.dim, inner = attention_.width();
+  in_ = weights.linear("txt_in.proj", d, config.channels, true);
+  time_in_ = weights.linear("emb_in.proj_in", d, kSinusoid, true);
+  time_hidden_ = weights.linear("emb_in.proj_hid", d, d, true);
+  time_out_ = weights.linear("emb_in.proj_out", d, d, true);
+  const auto norm = [&](const std::string& name, int64_t size) -> LayerNorm {
+    return {weights.vector(name + ".weight", size), weights.vector(name + ".bias", size), config.norm_eps};
+  };
+  for (int i = 0; i < config.layers; ++i) {
+    const std::string at = "blocks." + std::to_string(i) + ".";
+    Layer l;
+    l.qkv = weights.linear(at + "msa.proj_qkv", 3 * inner, d, config.qk_bias);
+    l.out = weights.linear(at + "msa.proj_out", d, inner, config.qk_bias);
+    l.q_norm = norm(at + "msa.norm_q", config.head_dim);
+    l.k_norm = norm(at + "msa.norm_k", config.head_dim);
+    l.mlp_in = weights.linear(at + "mlp.proj_in", config.mlp_dim, d, true);
+    l.mlp_out = weights.linear(at + "mlp.proj_out", d, config.mlp_dim, true);
+    l.attn_shift_scale = weights.linear(at + "ada.msa_in.1", 2 * d, d, true);
+    l.attn_gate = weights.linear(at + "ada.msa_out.1", d, d, true);
+    l.mlp_shift_scale = weights.linear(at + "ada.mlp_in.1", 2 * d, d, true);
+    l.mlp_gate = weights.linear(at + "ada.mlp_out.1", d, d, true);
+    layers_.push_back(l);
+  }
+  final_norm_ = norm("txt_out_norm", d);
+  final_shift_scale_ = weights.linear("txt_out_ada.out_in.1", 2 * d, d, true);
+  out_ = weights.linear("txt_out.proj", config.channels, d, true);
+}
+
+void Dit::modulate(Context& ctx, std::span<const float> t, float* values, float* embedding) const {
+  const auto n = static_cast<int64_t>(t.size());
+  const int64_t d = config_.dim;
+  float* waves = ctx.activation(ActivationSlot::kGate, static_cast<size_t>(n * kSinusoid));
+  for (int64_t i = 0; i < n; ++i) sinusoid(t[static_cast<size_t>(i)], waves + i * kSinusoid);
+  float* hidden = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(n * d));
+  float* act = ctx.activation(ActivationSlot::kBranch, static_cast<size_t>(n * d));
+  linear(ctx, time_in_, waves, n, hidden);
+  silu(ctx, hidden, n * d);
+  linear(ctx, time_hidden_, hidden, n, act);
+  silu(ctx, act, n * d);
+  linear(ctx, time_out_, act, n, embedding);
+  // Every adaptive norm reads SiLU of the embedding.
+  std::copy_n(embedding, n * d, act);
+  silu(ctx, act, n * d);
+  for (size_t i = 0; i < layers_.size(); ++i, values += n * 6 * d) {
+    const Layer& l = layers_[i];
+    ctx.layer = static_cast<int32_t>(i);
+    linear(ctx, l.attn_shift_scale, act, n, values, LinearMode::kStore, 0, 6 * d);
+    linear(ctx, l.attn_gate, act, n, values + 2 * d, LinearMode::kStore, 0, 6 * d);
+    linear(ctx, l.mlp_shift_scale, act, n, values + 3 * d, LinearMode::kStore, 0, 6 * d);
+    linear(ctx, l.mlp_gate, act, n, values + 5 * d, LinearMode::kStore, 0, 6 * d);
+  }
+  ctx.layer = -1;
+  linear(ctx, final_shift_scale_, act, n, values);
+}
+
+void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const TimestepTable& table,
+                  const int32_t* timestep, const float* x, float* v, const ColaShow& show) {
+  const int64_t m = chunk.rows, d = config_.dim, inner = attention_.width();
+  attention_.begin(ctx, chunk, layout);
+  float* hidden = ctx.activation(ActivationSlot::kHidden, static_cast<size_t>(m * d));
+  float* normed = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(m * d));
+  float* qkv = ctx.activation(ActivationSlot::kQuery, static_cast<size_t>(m * 3 * inner));
+  float* mixed = ctx.activation(ActivationSlot::kMixed, static_cast<size_t>(m * inner));
+  float* wide = ctx.activation(ActivationSlot::kGate, static_cast<size_t>(m * config_.mlp_dim));
+  float* branch = ctx.activation(ActivationSlot::kBranch, static_cast<size_t>(m * d));
+  linear(ctx, in_, x, m, hidden);
+  if (show) show("dit", "hidden", -1, hidden, d, d);
+  const LayerNorm plain{nullptr, nullptr, config_.norm_eps};
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Layer& l = layers_[i];
+    const int layer = static_cast<int>(i);
+    const auto at = [&](int64_t part) { return RowTable{table.layer(layer) + part * d, 6 * d, timestep}; };
+    ctx.layer = layer;
+    const bool last = !v && i + 1 == layers_.size();
+    adaptive_norm(ctx, plain, hidden, m, d, at(0), normed);
+    if (show) show("dit", "msa_in", layer, normed, d, d);
+    linear(ctx, l.qkv, normed, m, qkv);
+    layer_norm(ctx, l.q_norm, qkv, m, config_.head_dim, qkv, LinearMode::kStore, config_.heads, 3 * inner);
+    layer_norm(ctx, l.k_norm, qkv + inner, m, config_.head_dim, qkv + inner, LinearMode::kStore, config_.heads, 3 * inner);
+    if (show) {
+      show("dit", "q_norm", layer, qkv, inner, 3 * inner);
+      show("dit", "k_norm", layer, qkv + inner, inner, 3 * inner);
+    }
+    attention_.attend(ctx, layer, chunk, qkv, last ? nullptr : mixed);
+    if (last) break;
+    linear(ctx, l.out, mixed, m, branch);
+    if (show) show("dit", "attn", layer, branch, d, d);
+    add_gated(ctx, branch, m, d, at(2), hidden);
+    if (show) show("dit", "after_attn", layer, hidden, d, d);
+
+    adaptive_norm(ctx, plain, hidden, m, d, at(3), normed);
+    if (show) show("dit", "mlp_in", layer, normed, d, d);
+    linear(ctx, l.mlp_in, normed, m, wide);
+    gelu_tanh(ctx, wide, m * config_.mlp_dim);
+    linear(ctx, l.mlp_out, wide, m, branch);
+    if (show) show("dit", "mlp", layer, branch, d, d);
+    add_gated(ctx, branch, m, d, at(5), hidden);
+    if (show) show("dit", "hidden", layer, hidden, d, d);
+  }
+  ctx.layer = -1;
+  if (!v) return;
+  adaptive_norm(ctx, final_norm_, hidden, m, d, {table.final(), 2 * d, timestep}, normed);
+  linear(ctx, out_, normed, m, v);
+}
+
+size_t Dit::velocity_bytes() const {
+  size_t n = linear_bytes(in_) + linear_bytes(out_);
+  for (const Layer& l : layers_)
+    n += linear_bytes(l.qkv) + linear_bytes(l.out) + linear_bytes(l.mlp_in) + linear_bytes(l.mlp_out);
+  return n;
+}
+
+size_t Dit::timestep_bytes() const {
+  size_t n = linear_bytes(time_in_) + linear_bytes(time_hidden_) + linear_bytes(time_out_) + linear_bytes(final_shift_scale_);
+  for (const Layer& l : layers_)
+    n += linear_bytes(l.attn_shift_scale) + linear_bytes(l.attn_gate) + linear_bytes(l.mlp_shift_scale) +
+         linear_bytes(l.mlp_gate);
+  return n;
+}
+
+}  // namespace lacuna

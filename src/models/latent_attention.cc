@@ -1,0 +1,139 @@
+#include "models/latent_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/elementwise.h"
+
+namespace lacuna {
+
+std::vector<LatentChunk> cut_into_chunks(std::span<const LatentPart> parts, int64_t block, int64_t most) {
+  std::vector<LatentChunk> chunks(1);
+  const auto flush = [&] {
+    const LatentChunk& last = chunks.back();
+    chunks.push_back({last.first_row + last.rows, 0, {}});
+  };
+  for (LatentPart rest : parts) {
+    while (rest.rows > 0) {
+      const int64_t room = most - chunks.back().rows;
+      int64_t take = rest.rows;
+      if (take > room && rest.kv) {
+        // To the last end of a block that fits; none does: to the first.
+        const int64_t first = rest.first_position, end = (first + std::max<int64_t>(room, 0)) / block * block;
+        take = end > first ? end - first : 0;
+        if (take == 0 && chunks.back().rows == 0) take = std::min(rest.rows, block - first % block);
+      } else if (take > room && chunks.back().rows > 0) {
+        take = 0;
+      }
+      if (take == 0) {
+        flush();
+        continue;
+      }
+      chunks.back().parts.push_back({rest.kv, take, rest.first_position});
+      chunks.back().rows += take;
+      rest.rows -= take;
+      rest.first_position += take;
+    }
+  }
+  if (chunks.back().rows == 0) chunks.pop_back();
+  return chunks;
+}
+
+AppendGuard::~AppendGuard() {
+  for (const Entry& e : entries_)
+    for (int layer = 0; layer < e.kv->layers(); ++layer)
+      for (int h = 0; h < e.kv->kv_heads(layer); ++h) {
+        const int64_t keep = e.length + (committed_ ? e.keep : 0);
+        if (e.kv->length(layer, h) > keep) e.kv->truncate(layer, h, keep);
+      }
+}
+
+LatentAttention::LatentAttention(const RopeConfig& rope, Pairs pairs, int rope_dim, int heads, int head_dim,
+                                 int64_t block)
+    : rope_(rope, rope_dim, std::numeric_limits<int32_t>::max()),
+      pairs_(pairs),
+      rope_dim_(rope_dim),
+      heads_(heads),
+      head_dim_(head_dim),
+      block_(block) {}
+
+void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout) {
+  const int64_t half = rope_dim_ / 2;
+  float* cos = ctx.activation(ActivationSlot::kCos, static_cast<size_t>(chunk.rows * half));
+  float* sin = ctx.activation(ActivationSlot::kSin, static_cast<size_t>(chunk.rows * half));
+  layout_ = layout;
+  for (const LatentPart& p : chunk.parts) {
+    const RopeTable::Rows rows = rope_.rows(ctx, p.first_position, p.rows, p.first_position + p.rows);
+    cos = std::copy_n(rows.cos, p.rows * half, cos);
+    sin = std::copy_n(rows.sin, p.rows * half, sin);
+  }
+
+  const auto pages_of = [this](const LatentPart& p) {
+    return p.kv ? 0 : (p.rows + layout_.page_slots - 1) / layout_.page_slots;
+  };
+  int64_t pages = 0, views = 0;
+  for (const LatentPart& p : chunk.parts) {
+    pages += pages_of(p) * heads_;
+    views += p.kv ? 0 : heads_;
+  }
+  const size_t bytes = layout_.page_bytes();
+  pages_.ensure(ctx.memory, MemoryTag::kScratch, static_cast<size_t>(pages) * bytes);
+  page_list_.resize(static_cast<size_t>(pages));
+  for (size_t i = 0; i < page_list_.size(); ++i) page_list_[i] = pages_.as<std::byte>() + i * bytes;
+  views_.resize(static_cast<size_t>(views));
+  std::byte* const* next = page_list_.data();
+  size_t view = 0;
+  for (const LatentPart& p : chunk.parts) {
+    if (p.kv) continue;
+    for (int h = 0; h < heads_; ++h, next += pages_of(p)) views_[view++].pages = next;
+  }
+}
+
+void LatentAttention::attend(Context& ctx, int layer, const LatentChunk& chunk, float* qkv, float* mixed) {
+  const int64_t n = width(), stride = 3 * n;
+  const float* cos = ctx.activation(ActivationSlot::kCos, 0);
+  const float* sin = ctx.activation(ActivationSlot::kSin, 0);
+  for (float* x : {qkv, qkv + n}) {
+    if (x == qkv && !mixed) continue;
+    if (pairs_ == Pairs::kHalves)
+      rope(ctx, x, chunk.rows, heads_, head_dim_, cos, sin, stride);
+    else
+      rope_pairs(ctx, x, chunk.rows, heads_, head_dim_, rope_dim_, cos, sin, stride);
+  }
+
+  sequences_.clear();
+  KvHeadView* own = views_.data();
+  int64_t row = 0;
+  for (const LatentPart& p : chunk.parts) {
+    const float* k = qkv + row * stride + n;
+    const float* v = k + n;
+    const KvHeadView* heads = own;
+    if (p.kv) {
+      p.kv->append(ctx, layer, k, v, p.rows, p.first_position, stride);
+      heads = p.kv->views(layer);
+    } else {
+      for (int h = 0; h < heads_; ++h) own[h].length = 0;
+      kv_append(ctx, layout_, own, heads_, k, v, p.rows, p.first_position, stride);
+      for (int h = 0; h < heads_; ++h) own[h].length = p.rows;
+      own += heads_;
+    }
+    AttentionSequence s;
+    s.q = qkv + row * stride;
+    s.out = mixed ? mixed + row * n : nullptr;
+    s.tokens = p.rows;
+    s.first_position = p.first_position;
+    s.heads = heads;
+    sequences_.push_back(s);
+    row += p.rows;
+  }
+  if (!mixed) return;
+  AttentionShape shape;
+  shape.query_heads = shape.kv_heads = heads_;
+  shape.scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
+  shape.q_stride = stride;
+  shape.block = block_;
+  attention(ctx, layout_, shape, sequences_);
+}
+
+}  // namespace lacuna
