@@ -201,7 +201,7 @@ void BlockDiffusionGenerator::start_block(Sequence& s) {
   s.position = s.first + s.block * block;
   s.x.resize(static_cast<size_t>(block * d));
   if (params_.noise) {
-    const auto noise = params_.noise->get(s.index, s.block, block, d);
+    const auto noise = params_.noise->get(params_.first_noise + s.index, s.block, block, d);
     std::copy(noise.begin(), noise.end(), s.x.begin());
   } else {
     fill_noise(s.request.sampling.seed, static_cast<uint64_t>(s.block), s.x);
@@ -243,7 +243,7 @@ void BlockDiffusionGenerator::step(std::span<Sequence* const> live, int k) {
     uncond.push_back(x.size());
     if (!s->guided) continue;
     add_block(*s);
-    rows.push_back({nullptr, block, 0, s->position});
+    rows.push_back({nullptr, block});
   }
   std::vector<float> v(x.size());
   model_.velocity(ctx_, *table_, timestep, x.data(), rows, v.data());

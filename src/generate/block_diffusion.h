@@ -18,7 +18,8 @@ struct DiffusionParams {
   // end-of-text id, a stop string or max_new_tokens.
   bool official = false;
   int32_t pad_id = -1;  // fills the prompt's last block where the encoder looks ahead; -1: the tokenizer's, else the last id
-  std::shared_ptr<const NoiseFile> noise;  // by index in the call; null: from each request's seed
+  std::shared_ptr<const NoiseFile> noise;  // request i of a call takes sequence first_noise + i; null: from its seed
+  size_t first_noise = 0;
 };
 void validate(const DiffusionParams& params);
 
