@@ -50,11 +50,10 @@ TextCodec make_codec(const Tokenizer& tokenizer, const std::vector<int32_t>& end
 
 // A model with its tokenizer, as evaluation sees them.
 struct Subject {
-  explicit Subject(const EngineOptions& o) : engine(o), tokenizer(open_tokenizer(o)) {
-    codec = make_codec(*tokenizer, load_generation_config(o.model_dir).eos_ids);
-  }
+  Subject(const EngineOptions& o, std::string_view why_not_diffusion)
+      : engine(o, Takes::kAutoregressive, why_not_diffusion), text(open_text(o.model_dir)), codec(make_codec(*text.tokenizer, text.end_ids)) {}
   Engine engine;
-  std::unique_ptr<Tokenizer> tokenizer;
+  ModelText text;
   TextCodec codec;
 };
 
@@ -105,7 +104,7 @@ int run_tasks(const EvalOptions& o) {
     for (auto& line : read_jsonl(file)) lines.emplace_back(std::filesystem::path(file).stem().string(), std::move(line));
   const Haystack books = lines.empty() ? Haystack::open(o.haystack) : Haystack();
 
-  Subject subject(o.engine);
+  Subject subject(o.engine, "tasks compare smaller caches, and it has no cache that could be evicted");
   const TaskMaker maker(spec, books, subject.codec.encode, o.seed, subject.codec.before);
   const std::vector<TaskMaker::Request> requests = lines.empty() ? list_requests(o, maker) : std::vector<TaskMaker::Request>{};
   RunnerOptions options;
@@ -152,7 +151,7 @@ std::vector<std::string> plain_texts(const EvalOptions& o) {
 int run_fidelity(const EvalOptions& o) {
   const std::vector<Variant> variants = list_variants(split_policies(o.policies), o.budgets, o.variants);
   const std::vector<std::string> texts = plain_texts(o);
-  Subject subject(o.engine);
+  Subject subject(o.engine, "fidelity compares smaller caches, and it has no cache that could be evicted");
   TextOptions options;
   options.context = o.context;
   options.continuation = o.continuation;
@@ -172,7 +171,7 @@ int run_fidelity(const EvalOptions& o) {
 int run_perplexity(const EvalOptions& o) {
   if (!o.policies.empty() || !o.variants.empty()) return run_fidelity(o);
   const std::vector<std::string> texts = plain_texts(o);
-  Subject subject(o.engine);
+  Subject subject(o.engine, "it gives no likelihood of a text and so no perplexity; see eval samples and eval reconstruct");
   Progress progress("reading", "windows", 1, !o.quiet);
   const PerplexityResult r =
       measure_perplexity(subject.engine.ctx, *subject.engine.model, subject.codec, texts, o.window, o.windows, subject.engine.kv,
@@ -196,7 +195,7 @@ int run_perplexity(const EvalOptions& o) {
 
 int run_spikes(const EvalOptions& o) {
   const std::vector<std::string> texts = plain_texts(o);
-  Subject subject(o.engine);
+  Subject subject(o.engine, "its activations are not spike-coded");
   Progress progress("reading", "windows", 1, !o.quiet);
   const SpikeResult result =
       measure_spikes(subject.engine.ctx, *subject.engine.model, subject.codec, texts, o.window, o.windows, subject.engine.kv,

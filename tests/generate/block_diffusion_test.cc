@@ -218,7 +218,9 @@ TEST_F(Cola, InfillHoldsWhatIsGivenAndWritesTheRest) {
   const auto result = g.generate({&r, 1}, callbacks)[0];
   ASSERT_EQ(result.ids.size(), r.infill.size());
   for (size_t i = 0; i < r.infill.size(); ++i) {
-    if (r.infill[i] >= 0) EXPECT_EQ(result.ids[i], r.infill[i]) << i;
+    if (r.infill[i] >= 0) {
+      EXPECT_EQ(result.ids[i], r.infill[i]) << i;
+    }
   }
   EXPECT_EQ(streamed, result.text);
   EXPECT_EQ(g.stats().diffusion->blocks, 3);  // the third has nothing to denoise
