@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "formats/cola_config.h"
 #include "formats/config.h"
 #include "formats/spike_config.h"
 #include "formats/spikingbrain_config.h"
@@ -29,6 +30,20 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       std::abort();
     for (int64_t window : config.layer_window)
       if (window < 0) std::abort();
+  });
+  lacuna::fuzz(data, size, [](std::string_view text) {
+    const auto vae = lacuna::parse_cola_vae_config(lacuna::ConfigFile::parse(text, "fuzz"));
+    if (vae.dim != int64_t{vae.heads} * vae.head_dim || vae.head_dim % 2 != 0 || vae.ffn_dim % 2 != 0 || vae.block < 1 ||
+        vae.patch < 1 || !(vae.norm_eps > 0))
+      std::abort();
+    for (float f : lacuna::rope_frequencies(vae.rope, vae.head_dim, 100'000, 0).inv_freq)
+      if (!std::isfinite(f)) std::abort();
+  });
+  lacuna::fuzz(data, size, [](std::string_view text) {
+    const auto dit = lacuna::parse_cola_dit_config(lacuna::ConfigFile::parse(text, "fuzz"));
+    if (dit.rope_dim < 2 || dit.rope_dim > dit.head_dim || dit.rope_dim % 2 != 0 || dit.block < 1 || dit.layers < 1 ||
+        !(dit.norm_eps > 0))
+      std::abort();
   });
   lacuna::fuzz(data, size, [](std::string_view text) {
     const auto config = lacuna::ConfigFile::parse(text, "fuzz");

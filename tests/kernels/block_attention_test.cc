@@ -1,0 +1,110 @@
+// Attention that is causal by blocks of positions: a query sees the new tokens of its own block as well.
+#include <gtest/gtest.h>
+#include <rapidcheck.h>
+
+#include "base/error.h"
+#include "kernels/attention.h"
+#include "kernels/kv_fixture.h"
+
+namespace lacuna {
+namespace {
+
+using testing::Head;
+using testing::isa_levels;
+using testing::normals;
+using testing::random_head;
+
+struct Engine {
+  explicit Engine(int threads = 2, ActivationType activations = ActivationType::kF32) : ctx(memory, threads) {
+    ctx.activations = activations;
+  }
+  MemoryAccount memory;
+  Context ctx;
+};
+
+// Softmax over the first `visible` slots of one head, in double.
+std::vector<double> exact(const Head& head, const float* q, int d, int64_t visible, double scale) {
+  std::vector<double> p(static_cast<size_t>(visible)), out(static_cast<size_t>(d));
+  double max = -1e300, sum = 0;
+  for (int64_t s = 0; s < visible; ++s) {
+    double dot = 0;
+    for (int c = 0; c < d; ++c) dot += head.k[static_cast<size_t>(s * d + c)] * q[c];
+    p[static_cast<size_t>(s)] = dot * scale;
+    max = std::max(max, dot * scale);
+  }
+  for (double& x : p) sum += x = std::exp(x - max);
+  for (int64_t s = 0; s < visible; ++s)
+    for (int c = 0; c < d; ++c)
+      out[static_cast<size_t>(c)] += p[static_cast<size_t>(s)] / sum * head.v[static_cast<size_t>(s * d + c)];
+  return out;
+}
+
+TEST(BlockAttention, MatchesDouble) {
+  for (const Isa isa : isa_levels()) {
+    const ScopedIsa held(isa);
+    EXPECT_TRUE(rc::check([] {
+      KvLayout layout;
+      layout.dtype = *rc::gen::element(DType::kF32, DType::kBF16, DType::kI8);
+      layout.head_dim = *rc::gen::element(12, 16, 64, 128);
+      layout.page_slots = *rc::gen::element(4, 32);
+      const int heads = *rc::gen::inRange(1, 4), d = layout.head_dim;
+      const auto tokens = *rc::gen::oneOf(rc::gen::inRange<int64_t>(1, 40), rc::gen::inRange<int64_t>(380, 420));
+      const auto old = *rc::gen::element<int64_t>(0, 3, 16, 250);
+      const int64_t block = *rc::gen::element<int64_t>(2, 4, 16, 17, 1000);
+      // The cache ends where the new tokens begin, inside a block or between two.
+      const int64_t first = old;
+      std::vector<Head> kv;
+      std::vector<KvHeadView> views;
+      for (int h = 0; h < heads; ++h) kv.push_back(random_head(layout, old, tokens, first, 100 * static_cast<uint32_t>(h)));
+      for (const Head& h : kv) views.push_back(h.view());
+      const auto q = normals(static_cast<size_t>(tokens * heads * d), 7);
+      std::vector<float> out(q.size()), again(q.size());
+      AttentionShape shape;
+      shape.query_heads = shape.kv_heads = heads;
+      shape.scale = 1 / std::sqrt(static_cast<float>(d));
+      shape.block = block;
+      Engine e(2), one(1), bf16(2, ActivationType::kBF16);
+      AttentionSequence s{q.data(), out.data(), tokens, first, views.data()};
+      attention(e.ctx, layout, shape, {&s, 1});
+      s.out = again.data();
+      attention(one.ctx, layout, shape, {&s, 1});
+      RC_ASSERT(out == again);
+      attention(bf16.ctx, layout, shape, {&s, 1});
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t end = std::min(((first + t) / block + 1) * block, first + tokens);
+        for (int h = 0; h < heads; ++h) {
+          const auto at = static_cast<size_t>((t * heads + h) * d);
+          const auto expected = exact(kv[static_cast<size_t>(h)], &q[at], d, end, shape.scale);
+          for (size_t c = 0; c < expected.size(); ++c) {
+            RC_ASSERT(std::fabs(out[at + c] - expected[c]) <= 1e-5);
+            RC_ASSERT(std::fabs(again[at + c] - expected[c]) <= 4e-2);
+          }
+        }
+      }
+    }));
+  }
+}
+
+TEST(BlockAttention, RefusesWindowsAndEmptyBlocks) {
+  KvLayout layout;
+  layout.head_dim = 8;
+  const Head head = random_head(layout, 0, 4, 0, 1);
+  const KvHeadView view = head.view();
+  std::vector<float> q(32), out(32);
+  const AttentionSequence s{q.data(), out.data(), 4, 0, &view};
+  Engine e;
+  AttentionShape shape{1, 1, 1.0f};
+  shape.block = 0;
+  EXPECT_THROW(attention(e.ctx, layout, shape, {&s, 1}), BadInput);
+  shape.block = 4;
+  shape.window = 8;
+  EXPECT_THROW(attention(e.ctx, layout, shape, {&s, 1}), BadInput);
+  shape.window = 0;
+  shape.causal = false;
+  EXPECT_THROW(attention(e.ctx, layout, shape, {&s, 1}), BadInput);
+  shape.causal = true;
+  attention(e.ctx, layout, shape, {&s, 1});
+}
+
+}  // namespace
+}  // namespace lacuna
