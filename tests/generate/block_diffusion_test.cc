@@ -7,7 +7,7 @@
 #include <map>
 
 #include "cola_fixture.h"
-#include "generate/autoregressive.h"
+#include "generate/sampler.h"
 
 namespace lacuna {
 namespace {
@@ -59,6 +59,16 @@ TEST_F(Cola, TextDoesNotDependOnTheBatch) {
     EXPECT_EQ(together[i].prompt_tokens, static_cast<int64_t>(requests[i].prompt.size()));
   }
   EXPECT_EQ(memory.now(MemoryTag::kKv), 0u);
+}
+
+// More rows than one pass over the weights takes.
+TEST_F(Cola, BatchOfMoreThanOnePassGivesTheSameTexts) {
+  const std::vector<GenerateRequest> requests(90, request(9, 6));
+  auto g = generator();
+  const auto results = g.generate(requests);
+  EXPECT_EQ(g.stats().diffusion->sweeps, 2 * (2 * params.steps + 1) - 1);  // 90 * 8 rows a step, 90 * 12 in the one that commits
+  const auto alone = generator().generate({&requests[0], 1})[0];
+  for (const auto& r : results) EXPECT_EQ(r.ids, alone.ids);
 }
 
 TEST_F(Cola, OneThreadOrManyGiveTheSameText) {
@@ -245,6 +255,30 @@ TEST_F(Cola, InfillHoldsWhatIsGivenAndWritesTheRest) {
 
   params.official = true;
   EXPECT_THROW(generator().generate({&r, 1}), BadInput);
+}
+
+class Logits : public DiffusionObserver {
+ public:
+  void on_block(size_t, int64_t, std::span<const float>, std::span<const float> rows) override { logits.insert(logits.end(), rows.begin(), rows.end()); }
+  std::vector<float> logits;
+};
+
+// One sampler over the rows from left to right, prompt and all tokens before as its history.
+TEST_F(Cola, SamplesAsAnAutoregressiveModelWould) {
+  GenerateRequest r = request(6, 9);
+  r.sampling.temperature = 0.8f;
+  r.sampling.top_k = 20;
+  r.sampling.top_p = 0.9f;
+  r.sampling.repetition_penalty = 1.7f;
+  r.sampling.seed = 5;
+  Logits seen;
+  auto g = generator();
+  g.observe(&seen);
+  const auto result = g.generate({&r, 1})[0];
+  Sampler sampler(r.sampling);
+  std::vector<int32_t> history = r.prompt;
+  for (size_t row = 2; row < 11; ++row) history.push_back(sampler.sample(std::span(seen.logits).subspan(row * 61, 61), history));
+  EXPECT_EQ(std::vector<int32_t>(history.begin() + 6, history.end()), result.ids);
 }
 
 TEST_F(Cola, ShowsTheTextOfEveryStep) {
