@@ -281,6 +281,25 @@ TEST_F(Cola, SamplesAsAnAutoregressiveModelWould) {
   EXPECT_EQ(std::vector<int32_t>(history.begin() + 6, history.end()), result.ids);
 }
 
+// All ids of the blocks before, pinned places' included, are the history of every place of a block; the prompt is not.
+TEST_F(Cola, OfficialPenaltyIsOverTheBlocksBefore) {
+  params.official = true;
+  GenerateRequest r = request(6, 16);
+  r.sampling.repetition_penalty = 20;
+  Logits seen;
+  auto g = generator();
+  g.observe(&seen);
+  const auto result = g.generate({&r, 1})[0];
+  Sampler sampler(r.sampling);
+  std::vector<int32_t> history;
+  for (size_t block = 0; block < 4; ++block) {
+    const std::vector<int32_t> before = history;
+    for (size_t row = 4 * block; row < 4 * block + 4; ++row)
+      history.push_back(sampler.sample(std::span(seen.logits).subspan(row * 61, 61), before));
+  }
+  EXPECT_EQ(std::vector<int32_t>(history.begin() + 2, history.end()), result.ids);
+}
+
 TEST_F(Cola, ShowsTheTextOfEveryStep) {
   const GenerateRequest r = request(6, 6);
   std::vector<std::string> shown;
