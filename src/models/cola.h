@@ -104,7 +104,8 @@ class ColaModel {
   // Posterior of each sequence's latents: ids one after the other, lengths[i] of sequence i, each a multiple of
   // patch (the published code pads to whole DiT blocks; with a VAE block of 1 padding changes nothing before it, with
   // others it does). Ids 0 … vocab, the last being training's mask token. mean, logvar [sum of lengths / patch,
-  // latent_dim]; logvar, clamped to [-30, 20], may be null. Not yet what the DiT takes: to_prior().
+  // latent_dim]; logvar, clamped to [-30, 20], may be null. Not yet what the DiT takes: to_prior(). The encoder's keys and
+  // values, f32 and charged to kKv, live as long as the call.
   void encode(Context& ctx, std::span<const int32_t> ids, std::span<const int64_t> lengths, float* mean, float* logvar);
   // (z - shifting_factor) * scaling_factor, in place.
   void to_prior(std::span<float> latents) const;

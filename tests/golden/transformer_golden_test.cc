@@ -27,7 +27,7 @@ using golden::split;
 
 // Cases of the other systems keep the folder names that the golden set gives them.
 bool other_system(const fs::path& relative) {
-  static const std::set<std::string> kNames = {"cola", "spikingbrain"};
+  static const std::set<std::string> kNames = {"cola", "cola_dit", "cola_vae", "spikingbrain"};
   return std::any_of(relative.begin(), relative.end(), [](const fs::path& part) { return kNames.count(part.string()) > 0; });
 }
 
