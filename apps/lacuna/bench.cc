@@ -4,8 +4,7 @@
 
 #include <fmt/ranges.h>
 
-#include "cli.h"
-#include "eval/random.h"
+#include "bench_shared.h"
 #include "eval/report.h"
 #include "evict/evictor.h"
 
@@ -19,7 +18,11 @@ struct BenchOptions {
   EngineOptions engine;
   std::vector<int64_t> lengths = {1024, 4096};
   std::vector<std::string> policies = {"laprox"}, budgets = {"5%"};
-  int64_t decode = 32, batch = 1, repeats = 3;
+  std::vector<int64_t> batches = {1};
+  int64_t decode = 32, repeats = 3;
+  DiffusionBenchOptions diffusion;
+  std::vector<const CLI::Option*> cache_options;
+  std::vector<std::string> contrast;
   bool json = false, quiet = false;
 };
 
@@ -29,37 +32,21 @@ struct Sample {
   OpTotals prefill_ops, decode_ops;
 };
 
-struct Spread {
-  double median = 0, low = 0, high = 0;
-};
-
 template <typename Value>
 Spread spread(const std::vector<Sample>& samples, Value&& value) {
   std::vector<double> v;
   for (const Sample& s : samples) v.push_back(value(s));
-  std::sort(v.begin(), v.end());
-  const size_t n = v.size();
-  return {(v[(n - 1) / 2] + v[n / 2]) / 2, v.front(), v.back()};
+  return spread_of(std::move(v));
 }
 
 struct Cell {
-  int64_t length = 0;
+  int64_t length = 0, batch = 1;
   std::string label;
   std::vector<Sample> samples;
   nlohmann::json memory;  // peaks by tag over prefill and decode
   size_t kv_bytes = 0;    // allocated once the prompt is read, all sequences
   size_t kv_peak = 0;
 };
-
-double per_second(double amount, double seconds) { return seconds > 0 ? amount / seconds : 0; }
-
-// Random ids: what the tokens say changes neither the work nor the bytes.
-std::vector<int32_t> random_ids(int64_t count, int64_t vocab) {
-  EvalRandom random(7);
-  std::vector<int32_t> ids(static_cast<size_t>(count));
-  for (int32_t& id : ids) id = static_cast<int32_t>(random.below(vocab));
-  return ids;
-}
 
 Sample run_once(Engine& engine, const BenchOptions& o, const Variant& variant, const std::vector<int32_t>& ids,
                 const std::shared_ptr<OutputProjections>& projections, Cell& cell) {
@@ -68,7 +55,7 @@ Sample run_once(Engine& engine, const BenchOptions& o, const Variant& variant, c
   const int64_t vocab = model.info().vocab;
   for (int t = 0; t < kMemoryTags; ++t) engine.memory.reset_peak(static_cast<MemoryTag>(t));
   std::vector<SequenceState> states;
-  std::vector<float> logits(static_cast<size_t>(vocab * o.batch));
+  std::vector<float> logits(static_cast<size_t>(vocab * cell.batch));
 
   states.push_back(model.new_state(engine.memory, engine.kv));
   engine.ctx.trace = &out.prefill_ops;
@@ -85,8 +72,8 @@ Sample run_once(Engine& engine, const BenchOptions& o, const Variant& variant, c
   out.prefill_seconds = seconds_since(start);
   engine.ctx.trace = nullptr;
 
-  states.reserve(static_cast<size_t>(o.batch));
-  while (static_cast<int64_t>(states.size()) < o.batch)
+  states.reserve(static_cast<size_t>(cell.batch));
+  while (static_cast<int64_t>(states.size()) < cell.batch)
     states.push_back(states[0].copy(engine.ctx));
   std::vector<SequenceState*> rows;
   cell.kv_bytes = 0;
@@ -121,7 +108,7 @@ struct Rates {
 
 Rates rates_of(const Cell& cell, const BenchOptions& o) {
   Rates r;
-  const double new_tokens = static_cast<double>(o.decode * o.batch);
+  const double new_tokens = static_cast<double>(o.decode * cell.batch);
   r.prefill_tokens = spread(cell.samples, [&](const Sample& s) { return per_second(static_cast<double>(cell.length), s.prefill_seconds); });
   r.decode_tokens = spread(cell.samples, [&](const Sample& s) { return per_second(new_tokens, s.decode_seconds); });
   r.gemm_flops = spread(cell.samples, [](const Sample& s) {
@@ -147,22 +134,6 @@ std::string range(const Spread& s, double scale) {
 std::string share(const Spread& s, double limit, double scale) {
   return limit > 0 ? fmt::format("{:.1f}, {:.0f} %", s.median * scale, 100 * s.median / limit) : fmt::format("{:.1f}", s.median * scale);
 }
-
-// The better of three measurements: whoever shares the machine can only make a limit look lower than it
-// is, and a share of the limit then looks better than it is.
-MachineLimits best_limits(Context& ctx) {
-  MachineLimits best = measure_machine(ctx);
-  for (int i = 0; i < 2; ++i) {
-    const MachineLimits again = measure_machine(ctx);
-    best.read_bytes_per_s = std::max(best.read_bytes_per_s, again.read_bytes_per_s);
-    best.f32_flops_per_s = std::max(best.f32_flops_per_s, again.f32_flops_per_s);
-    best.bf16_flops_per_s = std::max(best.bf16_flops_per_s, again.bf16_flops_per_s);
-    best.int8_ops_per_s = std::max(best.int8_ops_per_s, again.int8_ops_per_s);
-  }
-  return best;
-}
-
-nlohmann::json spread_json(const Spread& s) { return {{"median", s.median}, {"min", s.low}, {"max", s.high}}; }
 
 // What the router of each layer did with a prompt of each length: tokens by expert. Random prompts show that
 // it runs and what it costs, not how a text would be routed.
@@ -191,20 +162,22 @@ int run_bench(const BenchOptions& o) {
 
   std::vector<Cell> cells;
   Progress progress("measuring", "runs", 1, !o.quiet);
-  const int64_t total = static_cast<int64_t>(o.lengths.size() * variants.size()) * (o.repeats + 1);
+  const int64_t total = static_cast<int64_t>(o.lengths.size() * o.batches.size() * variants.size()) * (o.repeats + 1);
   int64_t done = 0;
   for (int64_t length : o.lengths) {
     const std::vector<int32_t> ids = random_ids(length, info.vocab);
-    for (const Variant& variant : variants) {
-      Cell& cell = cells.emplace_back();
-      cell.length = length;
-      cell.label = variant.label();
-      for (int64_t i = 0; i <= o.repeats; ++i) {
-        progress.update(done++, total, fmt::format("{} tokens, {}", length, cell.label));
-        Sample sample = run_once(engine, o, variant, ids, projections, cell);
-        if (i > 0) cell.samples.push_back(std::move(sample));  // the first is the warm-up
+    for (const int64_t batch : o.batches)
+      for (const Variant& variant : variants) {
+        Cell& cell = cells.emplace_back();
+        cell.length = length;
+        cell.batch = batch;
+        cell.label = variant.label() + (o.batches.size() > 1 ? fmt::format(", batch {}", batch) : "");
+        for (int64_t i = 0; i <= o.repeats; ++i) {
+          progress.update(done++, total, fmt::format("{} tokens, {}", length, cell.label));
+          Sample sample = run_once(engine, o, variant, ids, projections, cell);
+          if (i > 0) cell.samples.push_back(std::move(sample));  // the first is the warm-up
+        }
       }
-    }
   }
   progress.finish();
   const size_t resident = peak_rss();  // before the buffers below
@@ -223,7 +196,7 @@ int run_bench(const BenchOptions& o) {
                           {"activations", bf16 ? "bf16" : "f32"},
                           {"kv_dtype", dtype_name(engine.kv.dtype)},
                           {"decode_tokens", o.decode},
-                          {"batch", o.batch},
+                          {"batch", o.batches.front()},
                           {"repeats", o.repeats},
                           {"limits",
                            {{"read_bytes_per_second", limits.read_bytes_per_s},
@@ -235,6 +208,7 @@ int run_bench(const BenchOptions& o) {
     for (const Cell& cell : cells) {
       const Rates r = rates_of(cell, o);
       out["cells"].push_back({{"length", cell.length},
+                              {"batch", cell.batch},
                               {"cache", cell.label},
                               {"prefill_tokens_per_second", spread_json(r.prefill_tokens)},
                               {"prefill_gemm_flops_per_second", spread_json(r.gemm_flops)},
@@ -259,7 +233,7 @@ int run_bench(const BenchOptions& o) {
       "batch {}, {} tokens decoded, median (min–max) of {} runs after one to warm up\n\n",
       info.architecture, static_cast<double>(info.parameters) / 1e6, human_bytes(static_cast<double>(info.token_weight_bytes)),
       bf16 ? "bf16" : "f32", dtype_name(engine.kv.dtype), engine.ctx.pool.size(), limits.isa, limits.read_bytes_per_s / 1e9,
-      limits.f32_flops_per_s / 1e9, limits.bf16_flops_per_s / 1e9, limits.int8_ops_per_s / 1e9, o.batch, o.decode, o.repeats);
+      limits.f32_flops_per_s / 1e9, limits.bf16_flops_per_s / 1e9, limits.int8_ops_per_s / 1e9, fmt::join(o.batches, ", "), o.decode, o.repeats);
   std::vector<std::vector<std::string>> speed = {{"tokens, cache", "prefill tokens/s", "products GFLOP/s, of peak", "eviction, of prefill",
                                                   "decode tokens/s", "decode GB/s, of read limit", "attention GB/s"}};
   std::vector<std::vector<std::string>> memory = {{"tokens, cache", "KV after prompt", "KV peak", "weights", "activations peak", "scratch peak"}};
@@ -278,6 +252,22 @@ int run_bench(const BenchOptions& o) {
   return 0;
 }
 
+int run(const BenchOptions& o) {
+  BenchRun run{o.engine, o.lengths, o.batches, o.decode, o.repeats, o.json, o.quiet};
+  if (!o.contrast.empty()) {
+    if (!o.engine.model_dir.empty()) throw BadInput("-m: --contrast names its two models itself");
+    refuse_given(o.cache_options, "--contrast compares whole caches");
+    return bench_contrast(run, o.contrast, o.diffusion);
+  }
+  if (o.engine.model_dir.empty()) throw BadInput("no model: give -m DIR, or --contrast A B");
+  if (is_diffusion(o.engine)) {
+    refuse_given(o.cache_options, "a block-diffusion model has no cache that could be evicted");
+    return bench_diffusion(run, o.diffusion);
+  }
+  refuse_given(o.diffusion.options, "the model is autoregressive; the option is for block-diffusion models (Cola DLM)");
+  return run_bench(o);
+}
+
 }  // namespace
 
 Command add_bench(CLI::App& parent) {
@@ -285,14 +275,19 @@ Command add_bench(CLI::App& parent) {
   CLI::App* app = parent.add_subcommand("bench", "Measure prefill and decode: time, bytes, and the share of what this machine can do");
   add_engine_options(*app, o->engine);
   app->add_option("--lengths", o->lengths, "Prompt tokens")->delimiter(',')->check(CLI::Range(1, 1 << 24))->capture_default_str();
-  app->add_option("--policies", o->policies, "Eviction policies beside the full cache")->capture_default_str();
-  app->add_option("--budgets", o->budgets, "Each policy at each: 5%, 256, 64MiB, mass:0.99")->delimiter(',')->capture_default_str();
+  o->cache_options = {
+      app->add_option("--policies", o->policies, "Eviction policies beside the full cache")->capture_default_str(),
+      app->add_option("--budgets", o->budgets, "Each policy at each: 5%, 256, 64MiB, mass:0.99")->delimiter(',')->capture_default_str()};
   app->add_option("-n,--decode", o->decode, "Tokens decoded")->check(CLI::Range(1, 1 << 16))->capture_default_str();
-  app->add_option("--batch", o->batch, "Sequences decoded at once")->check(CLI::Range(1, 1024))->capture_default_str();
+  app->add_option("--batch", o->batches, "Sequences decoded at once")->delimiter(',')->check(CLI::Range(1, 1024))->capture_default_str();
+  add_diffusion_bench_options(*app, o->diffusion, o->engine);
+  app->add_option("--contrast", o->contrast, "Two model directories, one of them block diffusion: bytes and operations a token side by side, and what binds")
+      ->expected(2);
   app->add_option("--repeats", o->repeats, "Runs measured, after one to warm up")->check(CLI::Range(1, 1000))->capture_default_str();
   app->add_flag("--json", o->json, "Machine-readable output (docs/eval.md)");
   app->add_flag("-q,--quiet", o->quiet, "No progress");
-  return {app, [o] { return run_bench(*o); }};
+  app->get_option("--model")->required(false);
+  return {app, [o] { return run(*o); }};
 }
 
 }  // namespace lacuna::cli

@@ -5,7 +5,10 @@
 #include <charconv>
 #include <chrono>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
+#include <iostream>
+#include <sstream>
 
 namespace lacuna::cli {
 namespace {
@@ -65,8 +68,38 @@ void add_engine_options(CLI::App& app, EngineOptions& o) {
   app.add_flag("!--no-check", o.check_weights, "Do not read every weight once to refuse NaN and infinity");
 }
 
-Engine::Engine(const EngineOptions& o) : ctx(memory, o.threads) {
+void add_diffusion_options(CLI::App& app, DiffusionOptions& d, EngineOptions& engine) {
+  d.options = {
+      app.add_option("--steps", d.params.steps, "Block diffusion: Euler steps a block")->check(CLI::Range(1, 1000))->capture_default_str(),
+      app.add_option("--guidance", d.params.guidance, "Block diffusion: v = v_uncond + guidance * (v_cond - v_uncond); 1 = off, half the rows")
+          ->capture_default_str(),
+      app.add_option("--block-size", engine.diffusion_block, "Block diffusion: latents denoised together; default: the checkpoint's")
+          ->check(CLI::Range(1, 4096)),
+      app.add_option("--noise", d.noise_file, "Block diffusion: take noise from tensor `noise` [sequences, blocks, block, latent_dim] of this safetensors file"),
+      app.add_flag("--exact-timesteps", d.exact_timesteps, "Block diffusion: do not round timesteps to bf16, as the published code does"),
+      app.add_flag("--official", d.params.official,
+                   "Block diffusion: generate as the published script does, its endings and repetition penalty 1.1 included (docs/cola.md)")};
+}
+
+DiffusionParams DiffusionOptions::open() const {
+  DiffusionParams p = params;
+  if (exact_timesteps) p.timesteps = TimestepRounding::kNone;
+  if (!noise_file.empty()) p.noise = std::make_shared<NoiseFile>(noise_file);
+  validate(p);
+  return p;
+}
+
+bool is_diffusion(const EngineOptions& options) { return is_cola_checkpoint(options.model_dir); }
+
+void refuse_given(const std::vector<const CLI::Option*>& options, std::string_view why) {
+  for (const CLI::Option* option : options)
+    if (option->count() > 0) throw BadInput("{}: {}", option->get_name(), why);
+}
+
+Engine::Engine(const EngineOptions& o, Takes takes, std::string_view why) : ctx(memory, o.threads) {
   const auto start = std::chrono::steady_clock::now();
+  if (takes == Takes::kAutoregressive && is_diffusion(o))
+    throw Unsupported("{}: found a block-diffusion model (Cola DLM); {}", o.model_dir, why);
   memory.set_total_limit(o.memory_limit.empty() ? available_memory() / 20 * 19 : parse_bytes(o.memory_limit, "--memory-limit"));
   LoadOptions load;
   load.weights = o.weights == "int8" ? WeightMode::kInt8 : WeightMode::kStored;
@@ -75,8 +108,9 @@ Engine::Engine(const EngineOptions& o) : ctx(memory, o.threads) {
   if (o.window == "official") load.window = WindowRule::kOfficial;
   if (o.window == "exact") load.window = WindowRule::kExact;
   if (o.window == "plus_one") load.window = WindowRule::kPlusOne;
-  model = load_model(ctx, o.model_dir, load);
-  const bool f32 = o.dtype == "f32" || (o.dtype == "auto" && model->info().weight_dtype == DType::kF32);
+  any = load_any_model(ctx, o.model_dir, load, o.diffusion_block);
+  model = any.autoregressive.get();
+  const bool f32 = o.dtype == "f32" || (o.dtype == "auto" && any.weight_dtype() == DType::kF32);
   ctx.activations = f32 ? ActivationType::kF32 : ActivationType::kBF16;
   kv.dtype = parse_kv_dtype(o.kv_dtype, ctx.activations);
   prefill.chunk = o.chunk;
@@ -84,7 +118,19 @@ Engine::Engine(const EngineOptions& o) : ctx(memory, o.threads) {
   load_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-std::unique_ptr<Tokenizer> open_tokenizer(const EngineOptions& options) { return load_tokenizer(options.model_dir); }
+std::string read_text(const std::string& path) {
+  std::ostringstream out;
+  if (path == "-") {
+    out << std::cin.rdbuf();
+  } else {
+    if (std::filesystem::is_directory(path)) throw BadInput("{}: found a folder, expected a text file", path);
+    std::ifstream in(path, std::ios::binary);
+    if (!in) throw IoError("{}: cannot be opened for reading", path);
+    out << in.rdbuf();
+    if (in.bad()) throw IoError("{}: reading failed", path);
+  }
+  return out.str();
+}
 
 std::string human_bytes(double bytes) {
   static constexpr const char* kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB"};

@@ -11,9 +11,7 @@
 #include "base/progress.h"
 #include "kernels/context.h"
 #include "kernels/machine.h"
-#include "models/forward.h"
-#include "models/model.h"
-#include "text/tokenizer.h"
+#include "generate/open.h"
 
 namespace lacuna::cli {
 
@@ -30,32 +28,53 @@ struct EngineOptions {
   std::string spike_mode;           // reference | paper; empty = the checkpoint's
   double spike_k = 0;               // 0 = the checkpoint's
   bool check_weights = true;
+  int64_t diffusion_block = 0;      // of a block-diffusion model; 0 = the checkpoint's
 };
 
 // Adds -m, --threads, --dtype, --weights, --kv-dtype, --chunk, --memory-limit, --window-rule, --no-check, --spikes,
 // --spike-mode, --spike-k.
 void add_engine_options(CLI::App& app, EngineOptions& options);
 
+// --steps, --guidance, --noise, --exact-timesteps, --official; with --block-size, which goes to the engine's options.
+struct DiffusionOptions {
+  DiffusionParams params;
+  bool exact_timesteps = false;
+  std::string noise_file;
+  std::vector<const CLI::Option*> options;  // to see which were given
+  // The parameters with the noise file, if any, opened.
+  DiffusionParams open() const;
+};
+void add_diffusion_options(CLI::App& app, DiffusionOptions& diffusion, EngineOptions& engine);
+
+// Whether the model directory is of the block-diffusion kind (Cola DLM).
+bool is_diffusion(const EngineOptions& options);
+// Throws BadInput that names the first of the options that was given: "--evict: " + why.
+void refuse_given(const std::vector<const CLI::Option*>& options, std::string_view why);
+
+enum class Takes { kAutoregressive, kAny };
+
 // A model with all that is needed to run it. Members are destroyed in reverse order.
 struct Engine {
-  explicit Engine(const EngineOptions& options);
+  // Unsupported, with `why` as its sentence, for a block-diffusion model where only autoregressive ones are taken.
+  explicit Engine(const EngineOptions& options, Takes takes = Takes::kAutoregressive,
+                  std::string_view why = "this command needs an autoregressive model");
 
   MemoryAccount memory;
   Context ctx;
   OpTotals totals;  // set ctx.trace = &totals to count what kernels did
-  std::unique_ptr<Model> model;
+  AnyModel any;
+  Model* model = nullptr;  // the autoregressive one, or null
   KvOptions kv;
   PrefillOptions prefill;  // chunk and Ctrl-C; add progress where wanted
   double load_seconds = 0;
 };
 
-// The tokenizer of a model directory; every command that reads or prints text needs one.
-std::unique_ptr<Tokenizer> open_tokenizer(const EngineOptions& options);
-
 // "5.2 MiB", "812 B"
 std::string human_bytes(double bytes);
 // "64MiB" → bytes. Throws BadInput naming `what`.
 size_t parse_bytes(const std::string& text, const std::string& what);
+// A text file; "-" is standard input. IoError or BadInput name the path.
+std::string read_text(const std::string& path);
 // Peak resident set of this process so far, bytes.
 size_t peak_rss();
 // Tags → {"now": …, "peak": …}.

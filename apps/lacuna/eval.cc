@@ -4,12 +4,11 @@
 #include <filesystem>
 
 #include "base/atomic_file.h"
-#include "cli.h"
+#include "subject.h"
 #include "eval/fidelity.h"
 #include "eval/report.h"
 #include "eval/result_log.h"
 #include "eval/spikes.h"
-#include "formats/config.h"
 
 namespace lacuna::cli {
 namespace {
@@ -29,36 +28,14 @@ struct EvalOptions {
   std::string first_token = "dense";
   // Plain text.
   int64_t context = 4096, continuation = 256, window = 8192, windows = 20;
+  // Block-diffusion models.
+  DiffusionOptions diffusion;
+  std::vector<const CLI::Option*> cache_options;  // what only means something for a cache that can be evicted
   // What comes out.
   std::vector<std::string> logs;
   std::string html, title = "How much of the cache is enough?", reference;
   bool json = false, quiet = false;
 };
-
-TextCodec make_codec(const Tokenizer& tokenizer, const std::vector<int32_t>& end_ids) {
-  TextCodec codec;
-  codec.encode = [&tokenizer](std::string_view text) { return tokenizer.encode(text, false); };
-  codec.decode = [&tokenizer](std::span<const int32_t> ids) { return tokenizer.decode(ids); };
-  // Whatever the tokenizer's files put in front of a text; what they put after it would end the prompt.
-  const std::vector<int32_t> plain = tokenizer.encode("a", false), marked = tokenizer.encode("a", true);
-  const auto text = std::search(marked.begin(), marked.end(), plain.begin(), plain.end());
-  codec.before.assign(marked.begin(), text);
-  codec.end = end_ids;
-  if (codec.end.empty() && tokenizer.eos_id()) codec.end = {*tokenizer.eos_id()};
-  return codec;
-}
-
-// A model with its tokenizer, as evaluation sees them.
-struct Subject {
-  explicit Subject(const EngineOptions& o) : engine(o), tokenizer(open_tokenizer(o)) {
-    codec = make_codec(*tokenizer, load_generation_config(o.model_dir).eos_ids);
-  }
-  Engine engine;
-  std::unique_ptr<Tokenizer> tokenizer;
-  TextCodec codec;
-};
-
-void print_json(const Json& json) { print_out(json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n"); }
 
 void present(const EvalOptions& o, const EvalRun& run) {
   const EvalSummary summary = summarise(run, o.reference.empty() ? "" : make_policy(o.reference)->name());
@@ -98,7 +75,12 @@ EvalHeader make_header(const EvalOptions& o, const Engine& engine, const std::ve
 
 int run_tasks(const EvalOptions& o) {
   if (o.logs.size() > 1) throw BadInput("--log: one log is written; lacuna eval report joins several");
-  const std::vector<Variant> variants = list_variants(split_policies(o.policies), o.budgets, o.variants);
+  const bool diffusion = is_diffusion(o.engine);
+  if (diffusion) refuse_given(o.cache_options, "a block-diffusion model has no cache that could be evicted; its tasks run with the whole one");
+  else refuse_given(o.diffusion.options, "the model is autoregressive; the option is for block-diffusion models (Cola DLM)");
+  const std::vector<Variant> variants =
+      diffusion ? list_variants({}, {}, {}) : list_variants(split_policies(o.policies), o.budgets, o.variants);
+  const DiffusionParams params = o.diffusion.open();
   const PromptSpec spec = o.prompts_file.empty() ? builtin_prompt_spec() : parse_prompt_spec(read_text_file(o.prompts_file), o.prompts_file);
   std::vector<std::pair<std::string, JsonlPrompt>> lines;
   for (const std::string& file : o.files)
@@ -113,7 +95,10 @@ int run_tasks(const EvalOptions& o) {
   options.prefill = subject.engine.prefill;
   options.query_agnostic = o.query_agnostic;
   options.first_token = o.first_token == "rerun" ? FirstToken::kRerun : FirstToken::kDense;
-  PromptRunner runner(subject.engine.ctx, *subject.engine.model, subject.codec, variants, options);
+  std::unique_ptr<PromptRunner> runner;
+  std::unique_ptr<Generator> generator;
+  if (diffusion) generator = make_generator(subject.engine.ctx, subject.engine.any, subject.text, options.kv, options.prefill, params);
+  else runner = std::make_unique<PromptRunner>(subject.engine.ctx, *subject.engine.model, subject.codec, variants, options);
   ResultLog log(o.logs.empty() ? "" : o.logs[0], make_header(o, subject.engine, variants));
 
   const int64_t total = static_cast<int64_t>(lines.empty() ? requests.size() : lines.size());
@@ -131,7 +116,7 @@ int run_tasks(const EvalOptions& o) {
                           o.new_tokens);
     }
     progress.update(i, total, fmt::format("{} {}", prompt.task, prompt.ids.size()));
-    log.append(runner.run(prompt));
+    log.append(runner ? runner->run(prompt) : run_generated(*generator, prompt, {.cancelled = interrupted}));
     progress.update(i + 1, total, fmt::format("{} {}", prompt.task, prompt.ids.size()));
   }
   progress.finish();
@@ -152,7 +137,7 @@ std::vector<std::string> plain_texts(const EvalOptions& o) {
 int run_fidelity(const EvalOptions& o) {
   const std::vector<Variant> variants = list_variants(split_policies(o.policies), o.budgets, o.variants);
   const std::vector<std::string> texts = plain_texts(o);
-  Subject subject(o.engine);
+  Subject subject(o.engine, "fidelity compares smaller caches, and it has no cache that could be evicted");
   TextOptions options;
   options.context = o.context;
   options.continuation = o.continuation;
@@ -172,7 +157,7 @@ int run_fidelity(const EvalOptions& o) {
 int run_perplexity(const EvalOptions& o) {
   if (!o.policies.empty() || !o.variants.empty()) return run_fidelity(o);
   const std::vector<std::string> texts = plain_texts(o);
-  Subject subject(o.engine);
+  Subject subject(o.engine, "it gives no likelihood of a text and so no perplexity; see eval samples and eval reconstruct");
   Progress progress("reading", "windows", 1, !o.quiet);
   const PerplexityResult r =
       measure_perplexity(subject.engine.ctx, *subject.engine.model, subject.codec, texts, o.window, o.windows, subject.engine.kv,
@@ -196,7 +181,7 @@ int run_perplexity(const EvalOptions& o) {
 
 int run_spikes(const EvalOptions& o) {
   const std::vector<std::string> texts = plain_texts(o);
-  Subject subject(o.engine);
+  Subject subject(o.engine, "its activations are not spike-coded");
   Progress progress("reading", "windows", 1, !o.quiet);
   const SpikeResult result =
       measure_spikes(subject.engine.ctx, *subject.engine.model, subject.codec, texts, o.window, o.windows, subject.engine.kv,
@@ -226,10 +211,11 @@ int run_report(const EvalOptions& o) {
 }
 
 void add_variant_options(CLI::App& app, EvalOptions& o) {
-  app.add_option("--policies", o.policies, "Eviction policies, with switches: laprox,snapkv,adakv:snapkv,… (docs/policies.md)")
-      ->capture_default_str();
-  app.add_option("--budgets", o.budgets, "Each policy at each: 5%, 256 (entries a KV head), 64MiB, mass:0.99")->delimiter(',')->capture_default_str();
-  app.add_option("--variants", o.variants, "Further caches: POLICY@BUDGET, full+int8, full+int4, POLICY@BUDGET+int4, …")->delimiter(';');
+  o.cache_options = {
+      app.add_option("--policies", o.policies, "Eviction policies, with switches: laprox,snapkv,adakv:snapkv,… (docs/policies.md)")
+          ->capture_default_str(),
+      app.add_option("--budgets", o.budgets, "Each policy at each: 5%, 256 (entries a KV head), 64MiB, mass:0.99")->delimiter(',')->capture_default_str(),
+      app.add_option("--variants", o.variants, "Further caches: POLICY@BUDGET, full+int8, full+int4, POLICY@BUDGET+int4, …")->delimiter(';')};
 }
 
 void add_output_options(CLI::App& app, EvalOptions& o) {
@@ -255,9 +241,11 @@ void add_task_options(CLI::App& app, EvalOptions& o) {
   app.add_option("--seed", o.seed)->capture_default_str();
   app.add_option("--haystack", o.haystack, "Text file, or folder of .txt files, that contexts are taken from")->capture_default_str();
   app.add_option("--prompts", o.prompts_file, "Wordings and tasks in the layout of presets/prompts/tasks.json instead of the built-in ones");
-  app.add_flag("--agnostic", o.query_agnostic, "Compress the context before the question is known, then read the question");
-  app.add_option("--first-token", o.first_token, "dense: from the full prefill, as in generation; rerun: run the last prompt token on the small cache")
-      ->check(CLI::IsMember({"dense", "rerun"}))->capture_default_str();
+  o.cache_options.push_back(app.add_flag("--agnostic", o.query_agnostic, "Compress the context before the question is known, then read the question"));
+  o.cache_options.push_back(
+      app.add_option("--first-token", o.first_token, "dense: from the full prefill, as in generation; rerun: run the last prompt token on the small cache")
+          ->check(CLI::IsMember({"dense", "rerun"}))->capture_default_str());
+  add_diffusion_options(app, o.diffusion, o.engine);
   app.add_option("--log", o.logs, "Write every prompt's result here as JSON lines; run again to go on");
   add_report_options(app, o);
   add_output_options(app, o);
@@ -277,8 +265,9 @@ void add_text_options(CLI::App& app, EvalOptions& o) {
 }  // namespace
 
 Command add_eval(CLI::App& parent) {
-  CLI::App* app = parent.add_subcommand("eval", "Measure what a smaller cache costs: tasks, perplexity, fidelity");
+  CLI::App* app = parent.add_subcommand("eval", "Measure what a smaller cache costs (tasks, perplexity, fidelity), or what a generator writes");
   app->require_subcommand(1);
+  const std::vector<Command> of_generation = add_generation_evals(*app);
 
   auto ruler = std::make_shared<EvalOptions>();
   ruler->tasks = "ruler";
@@ -328,6 +317,8 @@ Command add_eval(CLI::App& parent) {
   add_output_options(*report_app, *report);
 
   return {app, [=] {
+            for (const Command& command : of_generation)
+              if (command.app->parsed()) return command.run();
             if (ruler_app->parsed()) return run_tasks(*ruler);
             if (needle_app->parsed()) return run_tasks(*needle);
             if (ppl_app->parsed()) return run_perplexity(*ppl);

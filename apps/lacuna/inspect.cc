@@ -1,49 +1,15 @@
 // lacuna inspect: what a model directory holds; with --ids, what the model computes, as a safetensors file.
-#include <charconv>
 #include <cmath>
-#include <fstream>
 #include <limits>
 #include <map>
 #include <sstream>
 
-#include "cli.h"
 #include "evict/score_board.h"
 #include "formats/safetensors.h"
-#include "formats/safetensors_writer.h"
+#include "inspect.h"
 
 namespace lacuna::cli {
 namespace {
-
-struct InspectOptions {
-  EngineOptions engine;
-  std::string ids, out;
-  std::vector<std::string> policies, budgets;
-  int64_t greedy = 0;
-  bool json = false;
-};
-
-// "1,2,3", or "@FILE" with ids separated by commas or white space.
-std::vector<int32_t> parse_ids(std::string text) {
-  if (text.starts_with("@")) {
-    std::ifstream in(text.substr(1));
-    if (!in) throw IoError("{}: cannot be opened for reading", text.substr(1));
-    std::ostringstream all;
-    all << in.rdbuf();
-    text = all.str();
-  }
-  for (char& c : text)
-    if (c == ',' || c == '\n' || c == '\t' || c == '\r' || c == '[' || c == ']') c = ' ';
-  std::vector<int32_t> ids;
-  std::istringstream words(text);
-  for (std::string word; words >> word;) {
-    int32_t id = 0;
-    const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), id);
-    if (error != std::errc() || end != word.data() + word.size())
-      throw BadInput("--ids: found \"{}\" at index {}, expected a token id", word, ids.size());
-    ids.push_back(id);
-  }
-  return ids;
-}
 
 // Residual stream after the embedding and after each layer.
 class HiddenRecorder : public LayerObserver {
@@ -59,26 +25,6 @@ class HiddenRecorder : public LayerObserver {
 
  public:
   std::vector<std::vector<float>> hidden;
-};
-
-// Tensors of a run, held until all are known: the file's header comes first.
-class Results {
- public:
-  template <typename T>
-  void add(std::string name, DType dtype, std::vector<int64_t> shape, const std::vector<T>& values) {
-    const auto* bytes = reinterpret_cast<const std::byte*>(values.data());
-    specs_.push_back({std::move(name), dtype, std::move(shape)});
-    data_.emplace_back(bytes, bytes + values.size() * sizeof(T));
-  }
-  void write(const std::string& path) const {
-    SafetensorsWriter writer(path, specs_);
-    for (size_t i = 0; i < specs_.size(); ++i) writer.write(specs_[i].name, data_[i].data(), data_[i].size());
-    writer.commit();
-  }
-
- private:
-  std::vector<SafetensorsWriter::Spec> specs_;
-  std::vector<std::vector<std::byte>> data_;
 };
 
 // The name under which a policy's tensors stand: laprox.<gqa>.<pool_at>.<normalise>, or kvpress.<policy>.
@@ -195,6 +141,11 @@ nlohmann::json describe(const InspectOptions& o) {
 int inspect_command(const InspectOptions& o) {
   if (!o.ids.empty() && o.out.empty()) throw BadInput("--ids needs --out FILE.safetensors for the results");
   if (!o.out.empty() && o.ids.empty()) throw BadInput("--out needs --ids: the token ids to run");
+  if (is_diffusion(o.engine)) {
+    refuse_given(o.cache_options, "a block-diffusion model has no cache whose entries a policy could score");
+    return inspect_diffusion(o);
+  }
+  refuse_given(o.diffusion.options, "the model is autoregressive; the option is for block-diffusion models (Cola DLM)");
   const nlohmann::json d = describe(o);
   if (!o.ids.empty()) write_run(o);
   if (o.json) {
@@ -233,9 +184,11 @@ Command add_inspect(CLI::App& parent) {
   add_engine_options(*app, o->engine);
   app->add_option("--ids", o->ids, "Token ids \"1,2,3\" or @FILE: run them and write logits, hidden states, scores and masks to --out");
   app->add_option("--out", o->out, "The safetensors file to write");
-  app->add_option("--score", o->policies, "With --ids: also this policy's scores; may be repeated")->allow_extra_args(false);
-  app->add_option("--keep", o->budgets, "With --score: also the kept set at this budget; may be repeated")->allow_extra_args(false);
-  app->add_option("--greedy", o->greedy, "With --ids: also so many greedy tokens")->check(CLI::Range(0, 1 << 20));
+  o->cache_options = {
+      app->add_option("--score", o->policies, "With --ids: also this policy's scores; may be repeated")->allow_extra_args(false),
+      app->add_option("--keep", o->budgets, "With --score: also the kept set at this budget; may be repeated")->allow_extra_args(false)};
+  add_diffusion_options(*app, o->diffusion, o->engine);
+  app->add_option("--greedy", o->greedy, "With --ids: also so many greedy tokens (block diffusion: with every step's latents and velocities)")->check(CLI::Range(0, 1 << 20));
   app->add_flag("--json", o->json, "Machine-readable output");
   return {app, [o] { return inspect_command(*o); }};
 }

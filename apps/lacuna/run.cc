@@ -1,12 +1,7 @@
 // lacuna run: generate text, with the cache as small as asked, and say what it cost.
 #include <cstdio>
-#include <filesystem>
-#include <fstream>
-#include <iostream>
-#include <sstream>
 
 #include "cli.h"
-#include "generate/autoregressive.h"
 
 namespace lacuna::cli {
 namespace {
@@ -21,22 +16,14 @@ struct RunOptions {
   std::string kept_file, picture_file;
   std::string save_file, load_file;
   SamplingParams sampling;
+  DiffusionOptions diffusion;
+  std::string infill;
+  bool show_denoising = false;
+  std::vector<const CLI::Option*> cache_options;  // what only means something for a cache that can be evicted or stored
+  std::vector<const CLI::Option*> diffusion_options;  // beside those of `diffusion`
+  const CLI::Option* penalty = nullptr;
   bool json = false, quiet = false;
 };
-
-std::string read_text(const std::string& path) {
-  std::ostringstream out;
-  if (path == "-") {
-    out << std::cin.rdbuf();
-  } else {
-    if (std::filesystem::is_directory(path)) throw BadInput("{}: found a folder, expected a text file", path);
-    std::ifstream in(path, std::ios::binary);
-    if (!in) throw IoError("{}: cannot be opened for reading", path);
-    out << in.rdbuf();
-    if (in.bad()) throw IoError("{}: reading failed", path);
-  }
-  return out.str();
-}
 
 // One way to run the prompts: a policy and budget, or the whole cache.
 struct Variant {
@@ -84,6 +71,13 @@ nlohmann::json outcome_json(const Outcome& o, const MachineLimits& limits, const
                    {"seconds", o.stats.decode_seconds},
                    {"bytes", ops.bytes()},
                    {"machine_read_bytes_per_second", limits.read_bytes_per_s}};
+  if (o.stats.diffusion) {
+    const DiffusionStats& d = *o.stats.diffusion;
+    out["diffusion"] = {{"blocks", d.blocks}, {"sweeps", d.sweeps}, {"rows", d.rows}, {"timestep_seconds", d.timestep_seconds},
+                        {"encode_seconds", d.encode_seconds}, {"prefill_seconds", d.prefill_seconds},
+                        {"denoise_seconds", d.denoise_seconds}, {"decode_seconds", d.decode_seconds},
+                        {"denoise_bytes", d.denoise_ops.total().bytes()}, {"decode_bytes", d.vae_ops.total().bytes()}};
+  }
   if (!o.stats.decode_ops.expert_tokens().empty()) out["decode"]["expert_tokens"] = o.stats.decode_ops.expert_tokens();
   out["kv_peak_bytes"] = o.stats.kv_peak_bytes;
   out["memory"] = memory_json(engine.memory);
@@ -120,6 +114,12 @@ void print_summary(const Outcome& o, const MachineLimits& limits) {
     fmt::print(stderr, "decode {} tokens in {:.2f} s: {:.0f} tokens/s{}\n", o.stats.decode_tokens, o.stats.decode_seconds,
                static_cast<double>(o.stats.decode_tokens) / o.stats.decode_seconds,
                rate_note(static_cast<double>(o.stats.decode_ops.total().bytes()), o.stats.decode_seconds, limits.read_bytes_per_s));
+  if (o.stats.diffusion) {
+    const DiffusionStats& d = *o.stats.diffusion;
+    fmt::print(stderr, "{} blocks in {} passes over the DiT's weights, {:.1f} tokens a pass; denoising {:.2f} s, decoding {:.2f} s\n", d.blocks,
+               d.sweeps, d.sweeps > 0 ? static_cast<double>(o.stats.decode_tokens) / static_cast<double>(d.sweeps) : 0.0, d.denoise_seconds,
+               d.decode_seconds);
+  }
   fmt::print(stderr, "KV cache {} now, {} at its peak\n", human_bytes(static_cast<double>(kv_now)),
              human_bytes(static_cast<double>(o.stats.kv_peak_bytes)));
   if (states > 0) fmt::print(stderr, "recurrent states {}\n", human_bytes(static_cast<double>(states)));
@@ -152,9 +152,41 @@ void print_comparison(const std::vector<Outcome>& outcomes) {
   print_out(out);
 }
 
+// "The ___ sat.": ids of the text, and -1 for each underscore of a run of at least three.
+std::vector<int32_t> parse_infill(const Tokenizer& tokenizer, const std::string& text) {
+  std::vector<int32_t> ids;
+  size_t from = 0;
+  const auto add_text = [&](size_t end) {
+    const std::vector<int32_t> own = tokenizer.encode(text.substr(from, end - from), false);
+    ids.insert(ids.end(), own.begin(), own.end());
+  };
+  for (size_t at = text.find("___"); at != std::string::npos; at = text.find("___", from)) {
+    add_text(at);
+    from = std::min(text.find_first_not_of('_', at), text.size());
+    ids.insert(ids.end(), from - at, -1);
+  }
+  add_text(text.size());
+  if (std::find(ids.begin(), ids.end(), -1) == ids.end())
+    throw BadInput("--infill: found no gap in \"{}\", expected three underscores or more, one a token", text);
+  return ids;
+}
+
+// Options that mean nothing to the kind of model are refused rather than ignored.
+void check_kind(const RunOptions& o, bool diffusion) {
+  if (diffusion) {
+    refuse_given(o.cache_options, "a block-diffusion model has no cache that could be evicted, scored or stored");
+    if (o.engine.window != "config") throw BadInput("--window-rule: a block-diffusion model has no sliding windows");
+  } else {
+    for (const auto* options : {&o.diffusion.options, &o.diffusion_options})
+      refuse_given(*options, "the model is autoregressive; the option is for block-diffusion models (Cola DLM)");
+  }
+}
+
 int run_command(const RunOptions& o) {
+  check_kind(o, is_diffusion(o.engine));
   std::vector<std::string> texts = o.prompts;
   for (const auto& f : o.files) texts.push_back(read_text(f));
+  if (texts.empty() && !o.infill.empty()) texts.emplace_back();
   if (texts.empty()) throw BadInput("no prompt: give -p TEXT or -f FILE (\"-\" reads standard input)");
   if (o.ask_later && o.context_file.empty()) throw BadInput("--ask-later needs --context: the text to compress before the prompt is read");
   if (!o.save_file.empty() && texts.size() > 1)
@@ -169,9 +201,10 @@ int run_command(const RunOptions& o) {
   for (const auto& v : variants)
     if (!v.full()) make_policy(v.policy), parse_budget(v.budget);
 
-  Engine engine(o.engine);
-  const auto tokenizer = open_tokenizer(o.engine);
-  const GenerationConfig config = load_generation_config(o.engine.model_dir);
+  const DiffusionParams diffusion = o.diffusion.open();
+  Engine engine(o.engine, Takes::kAny);
+  const ModelText text_side = open_text(o.engine.model_dir);
+  const Tokenizer* tokenizer = text_side.tokenizer.get();
   const std::vector<int32_t> context_ids = context.empty() ? std::vector<int32_t>{} : tokenizer->encode(context, true);
   std::optional<StoredState> stored;
   if (!o.load_file.empty()) stored.emplace(load_state(engine.ctx, *engine.model, engine.kv.page_slots, o.load_file));
@@ -183,11 +216,13 @@ int run_command(const RunOptions& o) {
     // What follows a stored text starts with no mark of its own.
     r.prompt = o.ask_later ? context_ids : tokenizer->encode(context + text, !stored);
     if (stored) r.after = &*stored;
+    if (!o.infill.empty()) r.infill = parse_infill(*tokenizer, o.infill);
+    if (diffusion.official && o.penalty->count() == 0) r.sampling.repetition_penalty = 1.1f;  // which its users cannot change
     requests.push_back(std::move(r));
   }
 
-  AutoregressiveGenerator generator(engine.ctx, *engine.model, *tokenizer, config.eos_ids, engine.kv, engine.prefill);
-  const bool stream = !o.json && variants.size() == 1 && requests.size() == 1;
+  const std::unique_ptr<Generator> generator = make_generator(engine.ctx, engine.any, text_side, engine.kv, engine.prefill, diffusion);
+  const bool stream = !o.json && !o.show_denoising && variants.size() == 1 && requests.size() == 1;
   std::vector<Outcome> outcomes;
   for (const auto& variant : variants) {
     for (size_t i = 0; i < requests.size(); ++i) {
@@ -204,7 +239,7 @@ int run_command(const RunOptions& o) {
         }
       }
     }
-    Progress progress("reading " + variant.name(), "tokens", engine.model->info().layers, !o.quiet);
+    Progress progress("reading " + variant.name(), "tokens", engine.model ? engine.model->info().layers : 1, !o.quiet);
     GenerateCallbacks callbacks;
     callbacks.cancelled = interrupted;
     callbacks.on_prefill = [&](size_t, int64_t done, int64_t total) {
@@ -216,8 +251,13 @@ int run_command(const RunOptions& o) {
         save_state(engine.ctx, *engine.model, state, ids, o.save_file);
       };
     if (stream) callbacks.on_text = [](size_t, std::string_view text) { print_out(text); };
-    Outcome outcome{variant, generator.generate(requests, callbacks), {}};
-    outcome.stats = generator.stats();
+    if (o.show_denoising)
+      callbacks.on_denoise = [&](size_t request, int64_t block, int step, std::string_view text) {
+        const std::string prompt = requests.size() > 1 ? fmt::format("[{}] ", request + 1) : "";
+        fmt::print(stderr, "{}block {} step {:>3}: {}\n", prompt, block + 1, step + 1, one_line(std::string(text)));
+      };
+    Outcome outcome{variant, generator->generate(requests, callbacks), {}};
+    outcome.stats = generator->stats();
     outcomes.push_back(std::move(outcome));
   }
 
@@ -236,7 +276,7 @@ int run_command(const RunOptions& o) {
     break;
   }
   if (o.json) {
-    nlohmann::json out = {{"model", engine.model->info().architecture}, {"load_seconds", engine.load_seconds}};
+    nlohmann::json out = {{"model", engine.any.architecture()}, {"load_seconds", engine.load_seconds}};
     for (const auto& outcome : outcomes) out["runs"].push_back(outcome_json(outcome, limits, engine, resident));
     print_out(out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
     return 0;
@@ -262,31 +302,37 @@ int run_command(const RunOptions& o) {
 
 Command add_run(CLI::App& parent) {
   auto o = std::make_shared<RunOptions>();
-  CLI::App* app = parent.add_subcommand("run", "Generate text, with the KV cache as small as asked");
+  CLI::App* app = parent.add_subcommand("run", "Generate text, with the KV cache as small as asked, or block by block from noise");
   add_engine_options(*app, o->engine);
   app->add_option("-p,--prompt", o->prompts, "A prompt; may be repeated (the prompts run as one batch)")->allow_extra_args(false);
   app->add_option("-f,--file", o->files, "A file that holds a prompt; \"-\" is standard input; may be repeated")->allow_extra_args(false);
   app->add_option("--context", o->context_file, "Text put before every prompt");
-  app->add_flag("--ask-later", o->ask_later, "Compress the context before the prompt is known, then read the prompt");
-  app->add_option("--evict", o->evict, "Eviction policy, with switches: laprox, snapkv, laprox:gqa=exact, … (docs/policies.md)");
-  app->add_option("--kv-budget", o->budget, "What may stay: 5%, 256 (entries a KV head), 64MiB, mass:0.99")->capture_default_str();
-  app->add_option("--evict-at", o->evict_at, "prefill: once; decode: again whenever generation outgrows the budget")
-      ->check(CLI::IsMember({"prefill", "decode"}));
-  app->add_option("--compare", o->compare, "Also run POLICY or POLICY@BUDGET (\"full\" = whole cache) and print all side by side")
-      ->allow_extra_args(false);
-  app->add_option("--kept", o->kept_file, "Write the kept positions of the first prompt as JSON");
-  app->add_option("--draw-kept", o->picture_file, "Draw them as SVG");
-  app->add_option("--save-state", o->save_file, "Write what the model keeps of the prompt (cache, recurrent states), for --load-state");
-  app->add_option("--load-state", o->load_file, "Go on from a saved state, in its own cache dtype: the prompts follow the text it has read");
+  o->cache_options = {
+      app->add_flag("--ask-later", o->ask_later, "Compress the context before the prompt is known, then read the prompt"),
+      app->add_option("--evict", o->evict, "Eviction policy, with switches: laprox, snapkv, laprox:gqa=exact, … (docs/policies.md)"),
+      app->add_option("--kv-budget", o->budget, "What may stay: 5%, 256 (entries a KV head), 64MiB, mass:0.99")->capture_default_str(),
+      app->add_option("--evict-at", o->evict_at, "prefill: once; decode: again whenever generation outgrows the budget")
+        ->check(CLI::IsMember({"prefill", "decode"})),
+      app->add_option("--compare", o->compare, "Also run POLICY or POLICY@BUDGET (\"full\" = whole cache) and print all side by side")
+        ->allow_extra_args(false),
+      app->add_option("--kept", o->kept_file, "Write the kept positions of the first prompt as JSON"),
+      app->add_option("--draw-kept", o->picture_file, "Draw them as SVG"),
+      app->add_option("--save-state", o->save_file, "Write what the model keeps of the prompt (cache, recurrent states), for --load-state"),
+      app->add_option("--load-state", o->load_file, "Go on from a saved state, in its own cache dtype: the prompts follow the text it has read")};
   app->add_option("-n,--max-tokens", o->sampling.max_new_tokens, "New tokens at most")->capture_default_str();
   app->add_option("--temperature", o->sampling.temperature, "0 = greedy")->capture_default_str();
   app->add_option("--top-k", o->sampling.top_k, "0 = all");
   app->add_option("--top-p", o->sampling.top_p)->capture_default_str();
   app->add_option("--min-p", o->sampling.min_p);
-  app->add_option("--repetition-penalty", o->sampling.repetition_penalty)->capture_default_str();
+  o->penalty = app->add_option("--repetition-penalty", o->sampling.repetition_penalty)->capture_default_str();
   app->add_option("--seed", o->sampling.seed);
   app->add_option("--stop", o->sampling.stop, "A text that ends the output; may be repeated (\\n is a newline)")->allow_extra_args(false);
   app->add_flag("--ignore-eos", o->sampling.ignore_eos, "Go on after end-of-text");
+  add_diffusion_options(*app, o->diffusion, o->engine);
+  o->diffusion_options = {
+      app->add_option("--infill", o->infill,
+                      "Block diffusion: a text after the prompt, in which a run of three or more underscores is a gap of as many tokens to fill"),
+      app->add_flag("--show-denoising", o->show_denoising, "Block diffusion: what each block reads after every step, on standard error")};
   app->add_flag("--json", o->json, "Machine-readable output");
   app->add_flag("-q,--quiet", o->quiet, "Only the text");
   return {app, [o] {

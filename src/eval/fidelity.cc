@@ -8,6 +8,10 @@ namespace lacuna {
 std::vector<std::vector<int32_t>> spread_windows(const Model& model, const TextCodec& codec, const std::vector<std::string>& texts, int64_t size,
                                                  int64_t most) {
   if (size > model.info().max_positions) throw BadInput("windows of {} tokens; the model has {} positions", size, model.info().max_positions);
+  return spread_windows(codec, texts, size, most);
+}
+
+std::vector<std::vector<int32_t>> spread_windows(const TextCodec& codec, const std::vector<std::string>& texts, int64_t size, int64_t most) {
   std::vector<std::vector<int32_t>> all;
   const int64_t own = size - static_cast<int64_t>(codec.before.size());
   if (own < 2) throw BadInput("windows of {} tokens are too short to score", size);

@@ -11,6 +11,8 @@ namespace lacuna {
 
 // Stretches of `size` tokens, codec.before in front of each, `most` of them at most, evenly spread over all
 // texts; a stretch never crosses a text's end. Throws BadInput where no text is long enough.
+std::vector<std::vector<int32_t>> spread_windows(const TextCodec& codec, const std::vector<std::string>& texts, int64_t size, int64_t most);
+// The same, of no more than the model's positions.
 std::vector<std::vector<int32_t>> spread_windows(const Model& model, const TextCodec& codec, const std::vector<std::string>& texts,
                                                  int64_t size, int64_t most);
 

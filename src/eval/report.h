@@ -61,6 +61,11 @@ Json json_report(const FidelityResult& result);
 // "4096 tokens"; lines of a file may not tell their length.
 std::string length_name(int64_t length);
 
+// What HTML pages are made of: text made safe; a whole page; rows as a table, the first its head, lines wrapped if asked.
+std::string html_escape(std::string_view text);
+std::string html_page(const std::string& title, const std::string& body);
+std::string html_table(const std::vector<std::vector<std::string>>& rows, bool wrap = false);
+
 // Rows of equal length as an aligned Markdown table, readable on a terminal; the first column is left-aligned.
 std::string markdown_table(const std::vector<std::vector<std::string>>& rows);
 

@@ -6,9 +6,7 @@
 #include "eval/report.h"
 
 namespace lacuna {
-namespace {
-
-std::string escape(std::string_view text) {
+std::string html_escape(std::string_view text) {
   std::string out;
   for (char c : text) {
     if (c == '&') out += "&amp;";
@@ -19,6 +17,10 @@ std::string escape(std::string_view text) {
   }
   return out;
 }
+
+namespace {
+
+std::string escape(std::string_view text) { return html_escape(text); }
 
 constexpr const char* kStyle = R"css(
 :root { color-scheme: light dark; --ink: #1c2126; --soft: #5b6670; --line: #d5dade; --page: #ffffff; --fill: #0072b2;
@@ -247,15 +249,30 @@ std::string depth_maps(const EvalSummary& s) {
 
 }  // namespace
 
+std::string html_page(const std::string& title, const std::string& body) {
+  return fmt::format(
+      "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n"
+      "<title>{0}</title>\n<style>{1}</style>\n</head>\n<body>\n<h1>{0}</h1>\n{2}</body>\n</html>\n",
+      escape(title), kStyle, body);
+}
+
+std::string html_table(const std::vector<std::vector<std::string>>& rows, bool wrap) {
+  std::string out = "<div class=\"wide\"><table>\n";
+  for (size_t i = 0; i < rows.size(); ++i) {
+    out += i == 0 ? "<thead><tr>" : "<tr>";
+    for (const std::string& cell : rows[i])
+      out += i == 0 ? "<th>" + escape(cell) + "</th>"
+                    : (wrap ? "<td style=\"white-space: pre-wrap; text-align: left\">" : "<td>") + escape(cell) + "</td>";
+    out += i == 0 ? "</tr></thead>\n" : "</tr>\n";
+  }
+  return out + "</table></div>\n";
+}
+
 std::string html_report(const EvalSummary& s, const std::string& title) {
   const EvalHeader& h = s.header;
   bool simulated = false;
   for (const Variant& v : s.variants) simulated = simulated || v.format != KvFormat::kNative;
   std::string out = fmt::format(
-      "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n"
-      "<title>{0}</title>\n<style>{1}</style>\n</head>\n<body>\n<h1>{0}</h1>\n",
-      escape(title), kStyle);
-  out += fmt::format(
       "<p class=\"soft\">Model {}; text from {}; {} wordings; seed {}; activations {}, KV cache {}. {} The first token of an answer comes from {}. "
       "Scores are string match in percent; each task weighs the same; intervals are 95 %.{}</p>\n",
       escape(h.model), escape(h.haystack), escape(h.wordings), h.seed, escape(h.activations), escape(h.kv_dtype),
@@ -270,7 +287,7 @@ std::string html_report(const EvalSummary& s, const std::string& title) {
     if (at.tasks.size() > 1) out += "<section>" + task_table(s, at) + "</section>\n";
     if (const std::string compared = comparison_table(s, at.length); !compared.empty()) out += "<section>" + compared + "</section>\n";
   }
-  return out + "</body>\n</html>\n";
+  return html_page(title, out);
 }
 
 }  // namespace lacuna

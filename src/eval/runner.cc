@@ -155,4 +155,24 @@ void PromptRunner::decode(const TaskPrompt& prompt, std::vector<SequenceState>& 
   }
 }
 
+PromptResult run_generated(Generator& generator, const TaskPrompt& prompt, const GenerateCallbacks& callbacks) {
+  GenerateRequest request;
+  request.prompt = prompt.ids;
+  request.sampling.max_new_tokens = prompt.new_tokens;
+  if (prompt.one_line) request.sampling.stop = {"\n"};
+  const GenerateResult result = generator.generate({&request, 1}, callbacks)[0];
+  PromptResult out;
+  out.task = prompt.task;
+  out.length = prompt.length;
+  out.index = prompt.index;
+  out.depth = prompt.depth;
+  out.asked_depth = prompt.asked_depth;
+  out.prompt_tokens = result.prompt_tokens;
+  out.full_bytes = result.kv_bytes;
+  out.prefill_seconds = result.prefill_seconds;
+  out.decode_seconds = generator.stats().decode_seconds;
+  out.variants.push_back({string_match(result.text, prompt.references, prompt.rule), result.text, result.kv_bytes, result.kv_slots});
+  return out;
+}
+
 }  // namespace lacuna

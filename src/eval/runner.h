@@ -9,6 +9,7 @@
 #include "eval/tasks.h"
 #include "eval/variants.h"
 #include "evict/score_board.h"
+#include "generate/generator.h"
 #include "models/forward.h"
 
 namespace lacuna {
@@ -75,6 +76,9 @@ class PromptRunner {
   std::vector<std::shared_ptr<const Policy>> policies_;  // each once, whatever its budgets; fills policy_of_
   std::shared_ptr<OutputProjections> projections_;
 };
+
+// A prompt through any Generator, greedily: the one variant is its whole cache.
+PromptResult run_generated(Generator& generator, const TaskPrompt& prompt, const GenerateCallbacks& callbacks = {});
 
 // Greedy choice; of equals, the lowest id.
 int32_t most_likely(const float* logits, int64_t vocab);

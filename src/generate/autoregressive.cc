@@ -55,6 +55,8 @@ AutoregressiveGenerator::AutoregressiveGenerator(Context& ctx, Model& model, con
 
 void AutoregressiveGenerator::check(const GenerateRequest& request) const {
   validate(request.sampling);
+  if (!request.infill.empty())
+    throw BadInput("infill: a {} model writes from left to right and cannot hold later tokens fixed", model_.info().architecture);
   const int64_t before = request.after ? request.after->state.next_position : 0;
   const auto prompt = before + static_cast<int64_t>(request.prompt.size() + (request.eviction ? request.eviction->question.size() : 0));
   if (prompt > model_.info().max_positions)

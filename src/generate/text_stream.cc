@@ -4,8 +4,8 @@
 
 namespace lacuna {
 
-TextStream::TextStream(const Tokenizer& tokenizer, std::vector<std::string> stop)
-    : decoder_(tokenizer), stop_(std::move(stop)) {
+TextStream::TextStream(const Tokenizer& tokenizer, std::vector<std::string> stop, bool skip_special)
+    : decoder_(tokenizer, skip_special), stop_(std::move(stop)) {
   std::erase_if(stop_, [](const std::string& s) { return s.empty(); });
 }
 

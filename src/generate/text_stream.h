@@ -11,7 +11,7 @@ namespace lacuna {
 // Text that may be the beginning of a stop string is held back until it is known.
 class TextStream {
  public:
-  TextStream(const Tokenizer& tokenizer, std::vector<std::string> stop);
+  TextStream(const Tokenizer& tokenizer, std::vector<std::string> stop, bool skip_special = true);
 
   // Text that became certain with this id.
   std::string push(int32_t id);
