@@ -160,19 +160,19 @@ def test_learning():
     vae = VaeConfig(**VAE.to_dict() | {"vocab_size": 32})
     said = []
     say = lambda **f: said.append(f)
-    settings = Settings(stage="vae", tokens=256, length=64, constants=L.Constants(short=16))
-    run = Run(settings, text, CPU, vae, DIT, token_budget=256 * 80)
+    settings = Settings(stage="vae", tokens=256, length=64, muon_lr=0.02, adam_lr=0.01, constants=L.Constants(short=16, beta=0.01))
+    run = Run(settings, text, CPU, vae, DIT, token_budget=256 * 120)
     run.train(say=say, log_seconds=0)
     assert said[-1]["recon"] < 0.1 < said[0]["recon"] and said[-1]["masked"] < said[0]["masked"] / 2
     start, said[:] = {n: t.clone() for n, t in run.models.vae.state_dict().items()}, []
     settings.stage = "joint"
-    run = Run(settings, text, CPU, vae, DIT, start, token_budget=256 * 150)
+    run = Run(settings, text, CPU, vae, DIT, start, token_budget=256 * 120)
     run.train(say=say, log_seconds=0)
-    assert said[-1]["flow"] < 0.6 * said[0]["flow"]
+    assert said[-1]["flow"] < 0.5 * said[0]["flow"]
     run.models.vae.rounding = run.models.dit.rounding = None
     prompts = torch.from_numpy(ids[None, :30].astype(np.int64))
-    made = generate(run.models.vae, run.models.dit, prompts, 18, steps=8, guidance=1.0, penalty=1.0)
-    assert (made[0] == torch.from_numpy(ids[30:30 + made.shape[1]])).float().mean() > 0.9
+    made = generate(run.models.vae, run.models.dit, prompts, 18, steps=8, guidance=3.0, penalty=1.0)
+    assert (made[0] == torch.from_numpy(ids[30:30 + made.shape[1]])).float().mean() > 0.8
 
 
 # ---- runs
@@ -317,5 +317,5 @@ def test_reconstruction_of_a_decoder_that_knows_nothing(data):
     assert set(found) == {0.0, 0.5} and found[0.0] < 0.2
     flow, by_t = E.flow_losses(vae, Dit(DIT), rows, levels=4)
     # The untrained DiT says 0: the error is that of z1 - z0, variances 1 and 1 + sigma^2.
-    assert flow == pytest.approx(2 + math.exp(-E.mean_logsnr(vae, rows)), rel=0.05) and len(by_t) == 4
+    assert flow == pytest.approx(2 + math.exp(-E.mean_logsnr(vae, rows)), rel=0.15) and len(by_t) == 4
     assert T == 1000.0
