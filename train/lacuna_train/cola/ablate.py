@@ -17,7 +17,7 @@ import torch
 from ..tokenizer import load_tokenizer
 from .data import Text, fixed_rows
 from .evaluate import Judge, flow_losses, generated, mean_logsnr, measure, prompts_of, reconstruction
-from .export import usable
+from .export import usable, write_cola
 from .losses import Constants
 from .trainer import Run, Settings, printer
 
@@ -25,27 +25,31 @@ BASE = Constants()
 # name: (constants of both stages, settings of stage 2)
 VARIANTS = {
     "base": ({}, {}),
-    "beta 0.1": ({"beta": 0.1}, {}),
-    "beta 0.01": ({"beta": 0.01}, {}),
-    "mask 0": ({"mask_weight": 0.0}, {}),
-    "mask 1": ({"mask_weight": 1.0}, {}),
-    "loc 0": ({"loc": 0.0}, {}),
+    "target detached": ({"detach_target": True}, {}),
+    "target detached, ref 0.1": ({"detach_target": True, "ref_weight": 0.1}, {}),
     "vae frozen": ({"freeze_vae": True}, {}),
-    "ref 0.1": ({"ref_weight": 0.1}, {}),
-    "ref 0": ({"ref_weight": 0.0}, {}),
+    "flow 3": ({"flow_weight": 3.0}, {}),
     "muon 0.02": ({}, {"muon_lr": 0.02}),
+    "flow on mean": ({"flow_on_mean": True}, {}),
+    "loc 0": ({"loc": 0.0}, {}),
+    "mask 0": ({"mask_weight": 0.0}, {}),
+    "beta 0.001": ({"beta": 0.001}, {}),
+    "beta 0.03": ({"beta": 0.03}, {}),
+    "ref 0": ({"ref_weight": 0.0}, {}),
     "adamw": ({}, {"optimizer": "adamw", "adam_lr": 0.001}),
     "base, seed 2": ({}, {"seed": 2}),
     "t per sequence": ({"t_per_block": False}, {}),
-    "target not detached": ({"detach_target": False}, {}),
     "no short rows": ({"short_share": 0.0}, {}),
-    "logsnr 1.5": ({"fixed_logsnr": 1.5}, {}),
-    "flow 0.2": ({"flow_weight": 0.2}, {}),
+    "mask 0.3": ({"mask_weight": 0.3}, {}),
+    "ref 0.1": ({"ref_weight": 0.1}, {}),
+    "flow 0.3": ({"flow_weight": 0.3}, {}),
     "official init": ({}, {"gates": None}),
     "prefix 0": ({"prefix_share": 0.0}, {}),
-    "beta 0.3": ({"beta": 0.3}, {}),
+    "logsnr 1.5": ({"fixed_logsnr": 1.5}, {}),
     "muon 0.005": ({}, {"muon_lr": 0.005}),
     "scale 1.5": ({"scale": 1.5}, {}),
+    "flow 3, muon 0.02": ({"flow_weight": 3.0}, {"muon_lr": 0.02}),
+    "vae frozen, muon 0.02": ({"freeze_vae": True}, {"muon_lr": 0.02}),
 }
 OF_STAGE_1 = ("beta", "mask_weight", "mask_ratio", "fixed_logsnr")
 
@@ -65,6 +69,8 @@ def main():
     p.add_argument("--budget", type=float, default=20e6, help="tokens of stage 2")
     p.add_argument("--count", type=int, default=256, help="prompts")
     p.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 7.0])
+    p.add_argument("--keep", action="store_true", help="write every variant's model below OUT/kept")
+    p.add_argument("--every", type=int, default=1, help="judge every so many prompts' texts only")
     p.add_argument("--judge", help="folder: nothing is trained, texts of --out are judged")
     args = p.parse_args()
     out = Path(args.out)
@@ -111,6 +117,9 @@ def train(args, out):
             for g in args.guidance:
                 made = generated(vae, dit, prompts.to(device), 64, 16, g, penalty=1.0)
                 ids[f"{name}|{g:g}"] = np.array(made, np.int16)
+            if args.keep:
+                write_cola(run.models.vae.state_dict(), run.models.dit.state_dict(), vae.config, dit.config,
+                           out / "kept" / name.replace(" ", "-").replace(",", ""), "int8", Path(args.data) / "tokenizer")
             del run, vae, dit
         except Exception:
             results[name] = {"error": traceback.format_exc()[-2000:]}
@@ -125,7 +134,7 @@ def judge(args, out):
     model = Judge(args.judge, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     results = json.loads((out / "ablation.json").read_text(encoding="utf-8"))
     ids = np.load(out / "ablation.npz")
-    prompts, follow = (t.tolist() for t in prompts_of(args.data, args.count, 40, 64))
+    prompts, follow = (t[::args.every].tolist() for t in prompts_of(args.data, args.count, 40, 64))
     human, _ = measure(tokenizer, model, prompts, follow)
     print(f"{'':<28} {'logSNR':>7} {'t=0':>7} {'t=.25':>6} {'flow':>6} | nll, repeated 4-grams and distinct-2 by guidance")
     print(f"{'human':<28} {'':>29} | {human['nll']:.2f} {100 * human['repeated_4']:.0f} {100 * human['distinct_2']:.0f}")
@@ -135,7 +144,7 @@ def judge(args, out):
             continue
         r["text"], cells = {}, []
         for g in args.guidance:
-            figures, texts = measure(tokenizer, model, prompts, ids[f"{name}|{g:g}"].tolist(), follow)
+            figures, texts = measure(tokenizer, model, prompts, ids[f"{name}|{g:g}"][::args.every].tolist(), follow)
             r["text"][f"{g:g}"] = figures | {"samples": texts[:4]}
             cells.append(f"{figures['nll']:.2f} ±{figures['stderr']:.2f} {100 * figures['repeated_4']:3.0f} {100 * figures['distinct_2']:3.0f}")
         back = r["reconstruction"]

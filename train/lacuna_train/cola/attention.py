@@ -115,7 +115,7 @@ def disagreement(a, b, shape, device):
     out.float().square().sum().backward()
     same.float().square().sum().backward()
     pairs = [(out[:2], same), *((x.grad[:2], y.grad) for x, y in zip(full, few))]
-    return max(float((x.float() - y.float()).abs().max() / y.float().abs().max().clamp_min(1e-6)) for x, y in pairs)
+    return max(float((x.float() - y.float()).detach().abs().max() / y.detach().float().abs().max().clamp_min(1e-6)) for x, y in pairs)
 
 
 def with_history(keys, values):

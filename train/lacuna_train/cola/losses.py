@@ -15,16 +15,17 @@ LOG_2PI = 1.8378770664093453
 @dataclass
 class Constants:
     """Not published, but for loc. docs/decisions.md and models/cola/README.md say why each is what it is."""
-    beta: float = 0.03            # weight of KL(q || N(0, I)) in stage 1, of E log q in stage 2
+    beta: float = 0.01            # weight of KL(q || N(0, I)) in stage 1, of E log q in stage 2
     fixed_logsnr: float = 0.0     # 0: logvar is learnt; else logvar = -fixed_logsnr everywhere
-    mask_weight: float = 0.3      # lambda_mask
+    mask_weight: float = 1.0      # lambda_mask
     mask_ratio: float = 0.3       # masked tokens in the masked copy
     mask_rows: float = 0.25       # share of the batch's rows that have a masked copy
     vae_weight: float = 1.0       # lambda_VAE
     flow_weight: float = 1.0      # lambda_fm
     ref_weight: float = 0.01      # lambda_ref
     freeze_vae: bool = False      # stage 2 trains the DiT alone
-    detach_target: bool = True    # the flow's gradient reaches the encoder through the noisy copy only
+    detach_target: bool = False   # True: the flow's gradient reaches the encoder through the noisy copy only
+    flow_on_mean: bool = False    # z0 is the posterior's mean, not a sample
     loc: float = 1.0              # logit-normal timesteps
     scale: float = 1.0
     t_per_block: bool = True      # else one t a sequence

@@ -193,6 +193,8 @@ class Step:
                 z0, mean, logvar, recon, blind = self.vae_losses(batch)
         else:
             z0, mean, logvar, recon, blind = self.vae_losses(batch)
+        if c.flow_on_mean:
+            z0 = m.vae.to_prior(mean)
         entropy = L.expected_log_q(logvar).mean()
         ref = entropy.new_zeros(())
         if m.reference is not None:
