@@ -1,4 +1,4 @@
-"""python -m lacuna_train prepare | train | evaluate | export | calibrate | unpickle | curve"""
+"""python -m lacuna_train prepare | train | evaluate | export | calibrate | unpickle | curve | cola-train | cola-export | cola-evaluate"""
 import argparse
 import os
 import sys
@@ -22,7 +22,7 @@ def prepare(args):
             (folder / name).write_bytes((Path(args.tokenizer) / name).read_bytes())
     else:
         texts = (text for _, text in read_books(args.train))
-        train_tokenizer(texts, args.vocab, folder, ModelConfig.max_position_embeddings)
+        train_tokenizer(texts, args.vocab, folder, ModelConfig.max_position_embeddings, not args.single_digits)
     for split, source in (("train", args.train), ("eval", args.eval)):
         total = encode_books(source, folder, out / split, args.workers)
         print(f"{split}: {total} tokens")
@@ -72,6 +72,7 @@ def main():
     p.add_argument("--eval", required=True, help="evaluation books, likewise")
     p.add_argument("--out", required=True)
     p.add_argument("--vocab", type=int, default=8192)
+    p.add_argument("--single-digits", action="store_true", help="every digit a token, instead of every group of 1 to 3")
     p.add_argument("--tokenizer", help="folder of a tokenizer to use instead of training one")
     p.add_argument("--workers", type=int, default=cpus)
 
@@ -168,6 +169,9 @@ def main():
     p.add_argument("--log", required=True, help="log.jsonl of train")
     p.add_argument("--out", required=True)
 
+    if len(sys.argv) > 1 and (sys.argv[1].startswith("cola-") or sys.argv[1] in ("-h", "--help")):  # they import PyTorch
+        from .cola.commands import add
+        add(commands)
     args = parser.parse_args()
     args.run(args)
 

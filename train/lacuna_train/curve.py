@@ -5,6 +5,7 @@ from pathlib import Path
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 300, 46, 16, 120, 36
 LINES = (("text", "text", "#1f5fa8"), ("look", "look-ahead", "#8a8a8a"), ("answer", "answers", "#c0392b"),
          ("reply", "replies, evicted", "#2e8b57"))
+COLA_LINES = (("recon", "reconstruction", "#1f5fa8"), ("masked", "masked", "#2e8b57"), ("flow", "flow", "#c0392b"))
 TOP_LOSS = 6.0  # the first seconds lie above and are cut
 
 
@@ -23,9 +24,9 @@ def svg(entries, total_seconds):
     out.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">seconds of training</text>')
     out.append(f'<text x="{LEFT}" y="11">nats a token</text>')
     label = 0.0
-    for key, name, colour in LINES:
+    for key, name, colour in LINES if "text" in entries[0] else COLA_LINES:
         # 0 stands for "none of these in this stretch of the log".
-        points = [(e["seconds"], e[key]) for e in entries if 0 < e[key] < 9]
+        points = [(e["seconds"], e[key]) for e in entries if 0 < e.get(key, 0) < 9]
         if key == "look":  # before it is trained it says nothing
             points = [p for p in points if p[1] < TOP_LOSS]
         if not points:
@@ -39,7 +40,8 @@ def svg(entries, total_seconds):
 
 def draw(args):
     events = [json.loads(line) for line in Path(args.log).read_text(encoding="utf-8").splitlines()]
-    entries = [e for e in events if "text" in e and "seconds" in e]  # self-checks have losses, but no time
+    # Self-checks have losses, but no time.
+    entries = [e for e in events if ("text" in e or "recon" in e) and "seconds" in e]
     if not entries:
         raise ValueError(f"{args.log} holds no losses")
     Path(args.out).write_text(svg(entries, entries[-1]["seconds"]), encoding="utf-8")

@@ -9,8 +9,8 @@ POLAR_A, POLAR_B, POLAR_C = 3.4445, -4.7750, 2.0315
 
 
 def polar_factor(batch):
-    """The nearest orthogonal matrices of a batch [n, rows, columns], in bfloat16."""
-    x = (batch / (batch.abs().amax(dim=(1, 2), keepdim=True) + 1e-20)).to(torch.bfloat16)
+    """The nearest orthogonal matrices of a batch [n, rows, columns], in bfloat16 (on a CPU, which is slow at it, float32)."""
+    x = (batch / (batch.abs().amax(dim=(1, 2), keepdim=True) + 1e-20)).to(torch.bfloat16 if batch.is_cuda else torch.float32)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
@@ -30,7 +30,8 @@ DECAY, DECAY_QUERY_KEY = 0.03, 0.1
 class Muon:
     """Momentum, then the polar factor of the result as the step. Matrices of one shape go together."""
 
-    def __init__(self, named, lr, momentum=0.95):
+    def __init__(self, named, lr, momentum=0.95, device=None):
+        """device: where there may be no matrices at all."""
         self.momentum = momentum
         self.groups = {}
         decays = {True: [], False: []}
@@ -38,7 +39,7 @@ class Muon:
             self.groups.setdefault(tuple(p.shape), []).append(p)
             decays["q_proj" in name or "k_proj" in name].append(p)
         self.decays = [(DECAY_QUERY_KEY, decays[True]), (DECAY, decays[False])]
-        device = next(iter(self.groups.values()))[0].device
+        device = device or next(iter(self.groups.values()))[0].device
         self.lr = torch.tensor(float(lr), device=device)
         # 0 for a batch whose gradients are not finite: the polar factor has no scale, so that a zero
         # gradient would still take a full step along the old momentum.
@@ -49,7 +50,8 @@ class Muon:
     def step(self):
         rate = self.lr * self.valid
         for decay, parameters in self.decays:
-            torch._foreach_mul_(parameters, 1 - rate * decay)
+            if parameters:
+                torch._foreach_mul_(parameters, 1 - rate * decay)
         for shape, parameters in self.groups.items():
             gradient = torch.stack([p.grad for p in parameters])
             buffer = self.buffers[shape]
@@ -82,7 +84,11 @@ def make_optimizers(model, extra, muon_lr, adam_lr):
     matrices = [(n, p) for n, p in model.layers.named_parameters() if p.ndim == 2 and "gk_proj" not in n]
     chosen = {id(p) for _, p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen] + list(extra)
-    cuda = rest[0].is_cuda
-    lr = torch.tensor(float(adam_lr), device=rest[0].device) if cuda else adam_lr
-    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda, capturable=cuda)
-    return Muon(matrices, muon_lr), adam
+    return Muon(matrices, muon_lr), make_adam(rest, adam_lr)
+
+
+def make_adam(parameters, lr, weight_decay=0.0):
+    """Its rate is a tensor on a GPU, where the step is captured."""
+    cuda = parameters[0].is_cuda
+    rate = torch.tensor(float(lr), device=parameters[0].device) if cuda else lr
+    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=cuda, capturable=cuda)

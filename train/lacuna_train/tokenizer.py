@@ -39,9 +39,11 @@ def digit_merges():
     return pairs + [(a + b, c) for a, b, c in triples] + [(a, b + c) for a, b, c in triples]
 
 
-def train_tokenizer(texts, vocab_size, path, max_position):
-    """Trains on an iterable of texts and writes tokenizer.json and tokenizer_config.json."""
-    digits = digit_merges()
+def train_tokenizer(texts, vocab_size, path, max_position, digit_groups=True):
+    """Trains on an iterable of texts and writes tokenizer.json and tokenizer_config.json.
+
+    Without `digit_groups` every digit is a token of its own: the 1,100 entries go to words."""
+    digits = digit_merges() if digit_groups else []
     base = empty_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS], show_progress=False,

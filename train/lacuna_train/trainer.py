@@ -144,12 +144,13 @@ class Step:
 class Update:
     """Both optimisers' step; one CUDA graph on a GPU."""
 
-    def __init__(self, model, bridge, muon_lr, adam_lr):
+    def __init__(self, optimizers, everything, muon_lr, adam_lr):
+        """everything: the parameters of both optimisers, (muon, adam)."""
         self.rates = muon_lr, adam_lr
-        self.muon, self.adam = make_optimizers(model, [bridge], muon_lr, adam_lr)
+        self.muon, self.adam = optimizers
         self.parameters = self.adam.param_groups[0]["params"]
-        self.everything = [*model.parameters(), bridge]
-        self.dropped = torch.zeros((), device=bridge.device)  # batches without effect so far
+        self.everything = everything
+        self.dropped = torch.zeros((), device=everything[0].device)  # batches without effect so far
         self.graph = None
         if self.parameters[0].is_cuda:
             self.set_factor(0.0)
@@ -262,7 +263,8 @@ def run(args, begun, out, device, rank, ranks, feed):
     config = model.config
     bridge = torch.nn.Parameter(torch.eye(config.hidden_size, device=device))
     step_of = Step(model, bridge, device, args.tokens, recipe.teacher(compute, cuda, device), args.distill)
-    update = Update(model, bridge, args.muon_lr or recipe.muon_lr, args.adam_lr or recipe.adam_lr)
+    rates = args.muon_lr or recipe.muon_lr, args.adam_lr or recipe.adam_lr
+    update = Update(make_optimizers(model, [bridge], *rates), [*model.parameters(), bridge], *rates)
     checkpoint = out / "checkpoint.pt"
     state = {"step": 0, "tokens": 0, "seconds": 0.0}
     if checkpoint.exists():

@@ -11,6 +11,7 @@ from lacuna_train.books import Books
 from lacuna_train.feed import batch_rng, slot_arrays
 from lacuna_train.mixture import ANSWER_CAP, LENGTHS, Mixture, draw_step, longest_length
 from lacuna_train.model import Decoder, ModelConfig
+from lacuna_train.optim import make_optimizers
 from lacuna_train.tasks import ANSWER, TaskMaker
 from lacuna_train.recipe import Clock, learning_rate_factor
 from lacuna_train.trainer import Step, Update, plan_step
@@ -81,7 +82,8 @@ def tiny():
                          num_key_value_heads=1, head_dim=16)
     model = Decoder(config, torch.float32)
     bridge = torch.nn.Parameter(torch.eye(32))
-    return model, bridge, Step(model, bridge, torch.device("cpu"), TOKENS), Update(model, bridge, 0.01, 0.002)
+    update = Update(make_optimizers(model, [bridge], 0.01, 0.002), [*model.parameters(), bridge], 0.01, 0.002)
+    return model, bridge, Step(model, bridge, torch.device("cpu"), TOKENS), update
 
 
 def one_step(step, update, arrays, kind, length):
