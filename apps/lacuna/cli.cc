@@ -50,6 +50,10 @@ void add_engine_options(CLI::App& app, EngineOptions& o) {
       ->check(CLI::IsMember({"auto", "f32", "bf16"}));
   app.add_option("--weights", o.weights, "stored, or int8 (quantise per output row at load)")
       ->check(CLI::IsMember({"stored", "int8"}));
+  app.add_option("--place", o.place,
+                 "Stored weights: mapped (the file's pages, shared and the system's to take back), copied (memory in huge "
+                 "pages, faster), or auto (copied if they take at most half of the memory limit)")
+      ->check(CLI::IsMember({"auto", "mapped", "copied"}));
   app.add_option("--kv-dtype", o.kv_dtype, "KV cache: f32, bf16, int8 (a scale per token and head), or auto (as --dtype)")
       ->check(CLI::IsMember({"auto", "f32", "bf16", "int8"}));
   app.add_option("--chunk", o.chunk, "Prefill: tokens of activations at a time")->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
@@ -103,6 +107,9 @@ Engine::Engine(const EngineOptions& o, Takes takes, std::string_view why) : ctx(
   memory.set_total_limit(o.memory_limit.empty() ? available_memory() / 20 * 19 : parse_bytes(o.memory_limit, "--memory-limit"));
   LoadOptions load;
   load.weights = o.weights == "int8" ? WeightMode::kInt8 : WeightMode::kStored;
+  load.place = o.place == "mapped"   ? WeightPlace::kMapped
+               : o.place == "copied" ? WeightPlace::kCopied
+                                     : WeightPlace::kAuto;
   load.check_finite = o.check_weights;
   load.spikes = parse_spikes(o);
   if (o.window == "official") load.window = WindowRule::kOfficial;

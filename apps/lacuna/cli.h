@@ -20,6 +20,7 @@ struct EngineOptions {
   int threads = 0;                  // 0 = every core this process may use
   std::string dtype = "auto";       // f32 | bf16 | auto (f32 when the weights are f32)
   std::string weights = "stored";   // stored | int8
+  std::string place = "auto";       // mapped | copied | auto
   std::string kv_dtype = "auto";    // f32 | bf16 | int8 | auto (as dtype)
   int64_t chunk = 512;              // activation chunk of prefill, tokens
   std::string memory_limit;         // "4GiB": refuse to allocate more; empty = what the machine has free
@@ -31,7 +32,7 @@ struct EngineOptions {
   int64_t diffusion_block = 0;      // of a block-diffusion model; 0 = the checkpoint's
 };
 
-// Adds -m, --threads, --dtype, --weights, --kv-dtype, --chunk, --memory-limit, --window-rule, --no-check, --spikes,
+// Adds -m, --threads, --dtype, --weights, --place, --kv-dtype, --chunk, --memory-limit, --window-rule, --no-check, --spikes,
 // --spike-mode, --spike-k.
 void add_engine_options(CLI::App& app, EngineOptions& options);
 

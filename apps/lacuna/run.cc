@@ -292,7 +292,7 @@ int run_command(const RunOptions& o) {
       print_out(fmt::format("[{}] {}\n", i + 1, outcomes[0].results[i].text));
   if (!o.quiet) {
     print_summary(outcomes[0], limits);
-    fmt::print(stderr, "process peak {} resident, {} of it mapped weights\n", human_bytes(static_cast<double>(resident)),
+    fmt::print(stderr, "process peak {} resident, {} of it weights\n", human_bytes(static_cast<double>(resident)),
                human_bytes(static_cast<double>(engine.memory.now(MemoryTag::kWeights))));
   }
   return 0;

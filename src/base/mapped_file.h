@@ -21,6 +21,8 @@ class MappedFile {
 
   const std::filesystem::path& path() const { return path_; }
   std::span<const std::byte> bytes() const { return {data_, size_}; }
+  // Lets the system take back the memory of whole pages within [begin, end); touched again, they are read again.
+  void forget(size_t begin, size_t end) const;
 
  private:
   std::filesystem::path path_;

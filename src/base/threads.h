@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -28,12 +29,21 @@ class ThreadPool {
   // time, by whichever thread is free. thread is in [0, size()). The first exception is rethrown
   // here once all threads have stopped. Loops must not be nested on the same pool.
   void parallel_for(int64_t count, const std::function<void(int64_t index, int thread)>& body);
+  // The same, but a thread takes neighbouring indices as long as it can: for bodies that ask for the memory of
+  // the next index ahead.
+  void parallel_runs(int64_t count, const std::function<void(int64_t index, int thread)>& body);
 
  private:
   void worker(int thread);
   void run_pieces(int thread);
 
+  struct alignas(64) Run {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
   std::vector<std::thread> workers_;
+  std::unique_ptr<Run[]> runs_;  // one a thread
   std::mutex mutex_;
   std::condition_variable wake_;
   const std::function<void(int64_t, int)>* body_ = nullptr;

@@ -129,6 +129,10 @@ Tensor ModelFiles::get(std::string_view tensor, std::initializer_list<int64_t> s
   return found;
 }
 
+void ModelFiles::copy_to_memory(MemoryAccount& account, ThreadPool& pool) {
+  for (SafetensorsFile& file : files_) file.copy_to_memory(account, pool);
+}
+
 std::vector<std::string> ModelFiles::names() const {
   std::vector<std::string> names;
   for (const auto& [name, unused] : where_) names.push_back(name);

@@ -26,6 +26,10 @@ class ModelFiles {
   // As above and of this shape, which the caller derived from config.json; else CorruptData.
   Tensor get(std::string_view tensor, std::initializer_list<int64_t> shape) const;
 
+  // Reads every file into `account`'s memory (SafetensorsFile::copy_to_memory).
+  void copy_to_memory(MemoryAccount& account, ThreadPool& pool);
+  bool copied() const { return !files_.empty() && files_.front().copied(); }
+
   std::vector<std::string> names() const;
   std::filesystem::path file_of(std::string_view tensor) const { return file(tensor).name(); }
   // Bytes mapped or copied, for MemoryAccount::count_external(MemoryTag::kWeights, …).

@@ -186,6 +186,27 @@ void SafetensorsFile::parse() {
   }
 }
 
+void SafetensorsFile::copy_to_memory(MemoryAccount& account, ThreadPool& pool) {
+  constexpr size_t kPiece = size_t{8} << 20;  // the file's own pages that are resident beside the copy, a thread
+  const size_t bytes = file_.bytes().size();
+  if (copy_ || bytes == 0) return;
+  Buffer copy(account, MemoryTag::kWeights, bytes);
+  pool.parallel_for(static_cast<int64_t>((bytes + kPiece - 1) / kPiece), [&](int64_t index, int) {
+    const size_t begin = static_cast<size_t>(index) * kPiece, end = std::min(bytes, begin + kPiece);
+    std::memcpy(copy.as() + begin, bytes_.data() + begin, end - begin);
+    file_.forget(begin, end);
+  });
+  for (auto& [tensor, entry] : entries_) {
+    const std::byte* from = entry.data.data();
+    const bool within = from >= bytes_.data() && from + entry.data.size() <= bytes_.data() + bytes;
+    if (!within) continue;  // a misaligned tensor's own copy
+    entry.data = {copy.as() + (from - bytes_.data()), entry.data.size()};
+  }
+  bytes_ = {copy.as(), bytes};
+  copy_ = std::move(copy);
+  file_ = MappedFile();
+}
+
 Tensor SafetensorsFile::get(std::string_view tensor) const {
   const auto found = entries_.find(tensor);
   if (found == entries_.end()) throw CorruptData("{}: has no tensor '{}'", name_, tensor);

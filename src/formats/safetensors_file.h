@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "base/mapped_file.h"
+#include "base/threads.h"
+#include "tensor/memory.h"
 #include "tensor/tensor.h"
 
 namespace lacuna {
@@ -47,6 +49,10 @@ class SafetensorsFile {
   // A view that stays valid as long as this object. CorruptData when the file has no such tensor;
   // Unsupported when it has more than Tensor::kMaxRank dimensions.
   Tensor get(std::string_view tensor) const;
+  // Reads the file into `account`'s memory, where it lies in huge pages (tensor/blocks.h), and closes it. Views
+  // given out before are no longer valid. Throws OutOfMemory; then everything is as it was.
+  void copy_to_memory(MemoryAccount& account, ThreadPool& pool);
+  bool copied() const { return static_cast<bool>(copy_); }
   // Memory these weights take once touched: the file itself plus the copies of misaligned tensors.
   size_t bytes() const { return bytes_.size() + copied_bytes_; }
 
@@ -55,6 +61,7 @@ class SafetensorsFile {
 
   std::string name_;
   MappedFile file_;
+  Buffer copy_;  // of the whole file, in its place
   std::span<const std::byte> bytes_;
   std::map<std::string, Entry, std::less<>> entries_;
   std::map<std::string, std::string> metadata_;

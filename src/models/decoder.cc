@@ -27,6 +27,7 @@ class Decoder : public Model {
         spikes_(resolve_spikes(dir, options.spikes, config_.layers, false)) {
     const int64_t d = config_.hidden, q = int64_t{config_.heads} * config_.head_dim,
                   kv = int64_t{config_.kv_heads} * config_.head_dim;
+    weights_.place(spikes_);
     embedding_ = weights_.linear("model.embed_tokens", config_.vocab, d, false);
     for (int i = 0; i < config_.layers; ++i) {
       const std::string at = "model.layers." + std::to_string(i) + ".";

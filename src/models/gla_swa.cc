@@ -55,6 +55,7 @@ class GlaSwa : public Model {
                                weights_.has("model.layers.0.attn.q_proj.weight_quantizer.scales"))) {
     const int64_t d = config_.hidden;
     const WindowRule rule = resolve(options.window, config_.window);
+    weights_.place(spikes_);
     embedding_ = weights_.linear("model.embeddings", config_.vocab, d, false);
     for (int i = 0; i < config_.layers; ++i) {
       const std::string at = "model.layers." + std::to_string(i) + ".";

@@ -136,6 +136,12 @@ class Model {
 
 enum class WeightMode : uint8_t { kStored, kInt8 };
 
+// Where stored weights lie: kMapped, the file's own pages, shared between processes and the system's to take back,
+// of 4 KB each; kCopied, read into the account's memory in pages of 2 MB, which streams up to twice as fast
+// (bench/NOTES.md); kAuto, copied if the files take at most half of what the account may allocate.
+// Weights quantised at load and weights of spike counts, which are packed, are never copied first.
+enum class WeightPlace : uint8_t { kMapped, kCopied, kAuto };
+
 // Keys that a query of a sliding-window layer of width W sees, itself included, in models whose
 // published code disagrees with itself (SpikingBrain). kConfig: what config.json says, or kOfficial.
 enum class WindowRule : uint8_t {
@@ -147,12 +153,13 @@ enum class WindowRule : uint8_t {
 
 struct LoadOptions {
   WeightMode weights = WeightMode::kStored;
+  WeightPlace place = WeightPlace::kMapped;
   WindowRule window = WindowRule::kConfig;
   SpikeOptions spikes;
   bool check_finite = true;  // reads every weight once and refuses NaN and infinity
 };
 
-// Loads a model directory in the Hugging Face layout. Weights are mapped and charged to kWeights.
+// Loads a model directory in the Hugging Face layout. Weights are charged to kWeights, mapped or not.
 std::unique_ptr<Model> load_model(Context& ctx, const std::filesystem::path& dir, const LoadOptions& options = {});
 
 // A model by its config.json alone: what it is, without reading a weight.

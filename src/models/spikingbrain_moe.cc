@@ -42,6 +42,7 @@ class ParallelHybrid : public Model {
         attention_(config_.rope, config_.head_dim, config_.max_positions),
         spikes_(resolve_spikes(dir, options.spikes, config_.layers, false)) {
     if (!config_.softmax_rope) no_angles_.assign(static_cast<size_t>(config_.head_dim / 2), 0.0f);
+    weights_.place(spikes_);
     embedding_ = weights_.linear("model.embeddings", config_.vocab, config_.hidden, false);
     for (int i = 0; i < config_.layers; ++i) layers_.push_back(bind(i));
     final_norm_ = weights_.vector("model.norm.weight", config_.hidden);

@@ -28,6 +28,14 @@ size_t linear_bytes(const LinearWeight& w) {
 WeightBinder::WeightBinder(Context& ctx, ModelFiles files, const LoadOptions& options)
     : ctx_(ctx), files_(std::move(files)), options_(options) {}
 
+void WeightBinder::place(const SpikeCoding& coding) {
+  const size_t limit = ctx_.memory.total_limit();
+  const bool copy = options_.place == WeightPlace::kCopied ||
+                    (options_.place == WeightPlace::kAuto && limit && files_.file_bytes() <= limit / 2);
+  const bool stored = options_.weights == WeightMode::kStored && !coding.on;
+  if (copy && stored) files_.copy_to_memory(ctx_.memory, ctx_.pool);
+}
+
 WeightBinder::~WeightBinder() {
   if (mapped_) ctx_.memory.count_external(MemoryTag::kWeights, -mapped_);
 }
@@ -91,10 +99,12 @@ LinearWeight WeightBinder::bind(const std::string& name, Tensor weight, bool bia
     own(std::move(codes));
     w.row_scale = own(std::move(scales));
   } else {
-    const auto mapped = static_cast<int64_t>(w.weight.bytes());
-    ctx_.memory.count_external(MemoryTag::kWeights, mapped);
-    mapped_ += mapped;
     bytes_ += w.weight.bytes();
+    if (!files_.copied()) {
+      const auto mapped = static_cast<int64_t>(w.weight.bytes());
+      ctx_.memory.count_external(MemoryTag::kWeights, mapped);
+      mapped_ += mapped;
+    }
   }
   if (bias) w.bias = vector(name + ".bias", out);
   return w;

@@ -11,7 +11,7 @@
 namespace lacuna {
 
 // Binds a checkpoint's tensors to layers: checks shapes against the configuration, keeps matrices as
-// stored (mapped) or quantises them to int8 per output row, converts small vectors to f32. Owns what
+// stored (mapped or copied) or quantises them to int8 per output row, converts small vectors to f32. Owns what
 // it made; the files stay mapped as long as it lives. Bytes are charged to MemoryTag::kWeights.
 class WeightBinder {
  public:
@@ -19,6 +19,9 @@ class WeightBinder {
   ~WeightBinder();
   WeightBinder(const WeightBinder&) = delete;
   WeightBinder& operator=(const WeightBinder&) = delete;
+
+  // Puts the stored weights where LoadOptions::place says. Before anything is bound.
+  void place(const SpikeCoding& coding);
 
   bool has(const std::string& name) const { return files_.has(name); }
   // `name`.weight [out, in], with `name`.bias [out] if `bias`.

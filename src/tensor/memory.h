@@ -23,6 +23,7 @@ class MemoryAccount {
   // Bytes over all tags that may be allocated here (mapped files excluded); 0 = no limit. Keeps a
   // request beyond the machine's memory an error instead of a kill.
   void set_total_limit(size_t bytes) { total_limit_.store(bytes); }
+  size_t total_limit() const { return total_limit_.load(); }
   size_t limit(MemoryTag tag) const { return at(tag).limit.load(); }
   size_t now(MemoryTag tag) const { return at(tag).now.load(); }
   size_t peak(MemoryTag tag) const { return at(tag).peak.load(); }

@@ -32,6 +32,22 @@ TEST(ThreadPool, ManyShortLoopsInARow) {
   EXPECT_EQ(sum.load(), 5000 * 6);
 }
 
+TEST(ThreadPool, RunsGiveEveryIndexOnceAndNeighboursToAThread) {
+  for (int threads : {1, 2, 3, 7}) {
+    ThreadPool pool(threads);
+    for (int64_t count : {0, 1, 2, 5, 6, 1000}) {
+      std::vector<std::atomic<int>> seen(static_cast<size_t>(count));
+      pool.parallel_runs(count, [&](int64_t i, int thread) {
+        EXPECT_GE(thread, 0);
+        EXPECT_LT(thread, threads);
+        seen[static_cast<size_t>(i)]++;
+      });
+      for (const auto& n : seen) EXPECT_EQ(n, 1);
+    }
+    EXPECT_THROW(pool.parallel_runs(50, [](int64_t i, int) { if (i == 30) throw BadInput("x"); }), BadInput);
+  }
+}
+
 TEST(ThreadPool, FirstExceptionComesBackAndThePoolLivesOn) {
   ThreadPool pool(2);
   EXPECT_THROW(pool.parallel_for(100, [](int64_t i, int) { if (i == 37) throw BadInput("index {}", i); }), BadInput);

@@ -268,6 +268,50 @@ TEST(Linear, KeepsNonFiniteValuesInTheirRow) {
   }
 }
 
+// int8 weights of few rows: NaN stands for whatever is not finite, in its row only.
+TEST(Linear, CodesKeepNonFiniteValuesInTheirRow) {
+  std::mt19937 random(9);
+  const int64_t n = 19, k = 70;
+  const Weight w(DType::kI8, n, k, false, random);
+  for (Isa isa : reachable_isas()) {
+    ScopedIsa scoped(isa);
+    for (ActivationType activations : kActivationTypes)
+      for (const float bad : {NAN, HUGE_VALF, -HUGE_VALF}) {
+        std::vector<float> x = normal_floats(3 * k, random);
+        x[1 * k + 69] = bad;
+        const std::vector<float> y = product(w, x, 3, 1, activations);
+        for (int64_t i = 0; i < 3; ++i)
+          for (int64_t j = 0; j < n; ++j)
+            ASSERT_EQ(std::isfinite(y[i * n + j]), i != 1) << isa_name(isa) << i;
+      }
+  }
+}
+
+// One value that dwarfs the others, rows of zeros, of the smallest and of the largest floats, and a k so long
+// that sums of digits would not fit: all within the error of f32 sums.
+TEST(Linear, CodesTimesRowsOfEveryScale) {
+  std::mt19937 random(10);
+  for (const int64_t k : {int64_t{129}, int64_t{4864}, int64_t{65535}, int64_t{70001}}) {
+    const Weight w(DType::kI8, 9, k, false, random);
+    const int64_t m = 5;
+    std::vector<float> x = normal_floats(m * k, random);
+    x[k / 2] = 3e4f;
+    std::fill(x.begin() + k, x.begin() + 2 * k, 0.0f);
+    for (int64_t i = 2 * k; i < 3 * k; ++i) x[i] *= 1e-37f;
+    for (int64_t i = 3 * k; i < 4 * k; ++i) x[i] *= 1e33f;
+    std::fill(x.begin() + 4 * k, x.end(), 1.0f);
+    for (ActivationType activations : kActivationTypes) {
+      const Reference want = reference(w, x, m, activations);
+      for (Isa isa : reachable_isas()) {
+        ScopedIsa scoped(isa);
+        const std::vector<float> y = product(w, x, m, 2, activations);
+        for (size_t i = 0; i < y.size(); ++i)
+          ASSERT_LE(std::fabs(y[i] - want.y[i]), 1e-6 * want.unit[i] + 1e-30) << isa_name(isa) << " k " << k << " at " << i;
+      }
+    }
+  }
+}
+
 struct Records : TraceSink {
   std::vector<OpRecord> all;
   void record(const OpRecord& r) override { all.push_back(r); }

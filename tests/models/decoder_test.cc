@@ -174,6 +174,43 @@ TEST(Decoder, ReleasesEveryByte) {
   EXPECT_EQ(memory.now(MemoryTag::kWeights), 0u);
 }
 
+// Copied weights are the same weights, counted and released; auto asks the account's limit.
+TEST(Decoder, WeightsLieWhereTheyAreAskedTo) {
+  Engine mapped("qwen2");
+  const auto ids = ids_of(40, 5);
+  LoadOptions options;
+  options.place = WeightPlace::kCopied;
+  Engine copied("qwen2", 2, options);
+  EXPECT_EQ(copied.all_logits(ids, 16), mapped.all_logits(ids, 16));
+  const size_t file = std::filesystem::file_size(golden("qwen2") / "model.safetensors");
+  const size_t vectors = copied.memory.now(MemoryTag::kWeights) - file;
+  EXPECT_LT(vectors, file / 20);
+  EXPECT_GT(vectors, 0u);
+
+  options.place = WeightPlace::kAuto;
+  for (const size_t limit : {size_t{0}, file, 4 * file}) {
+    MemoryAccount memory;
+    Context ctx(memory, 1);
+    memory.set_total_limit(limit);
+    {
+      const auto model = load_model(ctx, golden("qwen2"), options);
+      // A mapped file takes nothing of the limit, so that this much is left.
+      const Buffer rest(memory, MemoryTag::kScratch, limit ? limit - (limit > file ? file : 0) - vectors : 1);
+      if (limit > file) {
+        EXPECT_THROW(Buffer(memory, MemoryTag::kScratch, 1), OutOfMemory);
+      }
+      EXPECT_NEAR(static_cast<double>(memory.now(MemoryTag::kWeights)), static_cast<double>(file), 0.05 * static_cast<double>(file));
+    }
+    EXPECT_EQ(memory.now(MemoryTag::kWeights), 0u);
+  }
+  MemoryAccount memory;
+  Context ctx(memory, 1);
+  memory.set_total_limit(file / 2);
+  options.place = WeightPlace::kCopied;
+  EXPECT_THROW(load_model(ctx, golden("qwen2"), options), OutOfMemory);
+  EXPECT_EQ(memory.now(MemoryTag::kWeights), 0u);
+}
+
 TEST(Decoder, BadTokenIdsAreErrors) {
   Engine e("qwen2");
   SequenceState s = e.model->new_state(e.memory, {});

@@ -436,7 +436,8 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
           shape.scale * kLog2e};
   job.stream_tile = std::min(round_up(kLeastStreamTile, layout.page_slots), kStreamTile);
   const auto stretch_bytes = static_cast<int64_t>(job.pages.row_bytes * job.pages.slots);
-  job.fetch_steps = (kFetchAhead + stretch_bytes - 1) / stretch_bytes;
+  // Never less than a page: keys while keys are read, so that a page of 8 or 16 KB of them has its whole time.
+  job.fetch_steps = std::max<int64_t>(2, (kFetchAhead + stretch_bytes - 1) / stretch_bytes);
   const Plan size = plan(job, nullptr, nullptr);
   Carver carve(ctx.workspace<std::byte>(
       ctx.shared_slot(), static_cast<size_t>(192 + size.items * static_cast<int64_t>(sizeof(Item)) +

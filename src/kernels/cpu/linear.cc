@@ -42,17 +42,22 @@ LinearPiece piece(const LinearWeight& w, Operand operand, int64_t row, int64_t m
 void linear_small(Context& ctx, const LinearBodies& b, Operand operand, const LinearWeight& w, const float* x,
                   int64_t m, float* y, LinearMode mode, int64_t x_stride, int64_t y_stride) {
   const int64_t n = w.out(), k = w.in();
-  const int64_t row_words = b.small_words(words(operand, k));
+  const DigitBodies* digits = w.weight.dtype == DType::kI8 && k < kMaxDigitK && b.digits ? &b.digits() : nullptr;
+  const int64_t row_words = digits ? digits->words(k) : b.small_words(words(operand, k));
   float* packed = ctx.workspace<float>(ctx.shared_slot(), static_cast<size_t>(m * row_words));
-  for (int64_t i = 0; i < m; ++i) b.pack_small(operand, x + i * x_stride, k, packed + i * row_words);
+  for (int64_t i = 0; i < m; ++i)
+    if (digits)
+      digits->pack(operand != Operand::kF32, x + i * x_stride, k, packed + i * row_words);
+    else
+      b.pack_small(operand, x + i * x_stride, k, packed + i * row_words);
 
   const int64_t row_bytes = k * static_cast<int64_t>(dtype_size(w.weight.dtype));
   const int64_t rows = std::max<int64_t>(1, kSmallPieceBytes / row_bytes / kMaxSmallRows) * kMaxSmallRows;
-  ctx.pool.parallel_for(ceil_div(n, rows), [&](int64_t index, int) {
+  ctx.pool.parallel_runs(ceil_div(n, rows), [&](int64_t index, int) {
     const int64_t first = index * rows;
     LinearPiece p = piece(w, operand, 0, m, first, std::min(rows, n - first), y, y_stride, mode);
     p.x = packed;
-    b.small(p);
+    digits ? digits->small(p) : b.small(p);
   });
 }
 

@@ -99,8 +99,13 @@ struct Avx512 {
 
 #include "kernels/cpu/linear_body.h"
 
-constexpr LinearBodies kBodies = Table<Avx512, false>::bodies();
-constexpr LinearBodies kBf16Bodies = Table<Avx512, true>::bodies();
+template <bool kPairs>
+constexpr LinearBodies with_digits() {
+  LinearBodies b = Table<Avx512, kPairs>::bodies();
+  b.digits = linear_digits_avx512;
+  return b;
+}
+constexpr LinearBodies kBodies = with_digits<false>(), kBf16Bodies = with_digits<true>();
 
 }  // namespace
 

@@ -20,10 +20,10 @@ inline int64_t words(Operand operand, int64_t k) { return operand == Operand::kB
 // Rows of x that one small-M call takes: with one weight row in flight and one accumulator a product,
 // eight products are what two FMA units with a latency of four cycles need to stay busy.
 inline constexpr int kMaxSmallRows = 8;
-// Bytes of weights that a small-M body asks for ahead of their use. A core draws some 25 GB/s while the
-// others draw theirs, and memory answers within 150 ns under load: 4 KB are on their way, with a margin of
-// two. Measured best of 2 … 32 KB (bench/NOTES.md).
-inline constexpr int64_t kSmallAhead = 8192;
+// Bytes of weights that a small-M body asks for ahead of the tile that it works on. A core draws some 25 GB/s
+// while the others draw theirs, and memory answers within 150 ns under load: 4 KB are on their way, with a
+// margin of four. Measured best of 8 … 32 KB (bench/NOTES.md).
+inline constexpr int64_t kSmallAhead = 16384;
 // Weights that one small-M piece streams: about 2 us of work for a core at 30 GB/s, some ten times
 // what it costs to hand a piece out, and little enough that the last piece keeps nobody waiting.
 inline constexpr int64_t kSmallPieceBytes = 64 << 10;
@@ -42,6 +42,21 @@ inline constexpr int64_t kMaxTaskColumns = 64;
 // The widest group (below) of any body.
 inline constexpr int kMaxLanes = 16;
 
+// What a small-M tile of kRows rows of weights, `row` bytes each from w on, asks for when it comes to byte `at`
+// of each. Its rows lie behind one another and are read side by side, so all are wanted at once: the tile after
+// it is asked for in the order of addresses, into L2 (L1 has 24 misses in flight, 15 GB/s), and from there
+// into L1 four lines ahead. GCC drops calls that do nothing but prefetch, hence the attribute.
+template <int kRows>
+[[gnu::always_inline]] inline void ask_ahead(const void* w, int64_t row, int64_t at) {
+  const char* far = static_cast<const char*>(w) + kRows * (row + at) + kSmallAhead;
+  const char* near = static_cast<const char*>(w) + at + 256;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    __builtin_prefetch(far + r * 64, 0, 2);
+    __builtin_prefetch(near + r * row, 0, 3);
+  }
+}
+
 // A piece of y: all columns [first, first + count) of the weight rows for rows [0, m) of x.
 struct LinearPiece {
   DType dtype = DType::kF32;         // of the weights
@@ -57,10 +72,23 @@ struct LinearPiece {
   bool accumulate = false;
 };
 
+// Small-M products with int8 weights whose activations come in int8 digits (linear_digits_avx512.cc has the error).
+struct DigitBodies {
+  // Words of a packed row of k values.
+  int64_t (*words)(int64_t k);
+  // round: the values are rounded to bf16 first.
+  void (*pack)(bool round, const float* x, int64_t k, void* packed);
+  // As LinearBodies::small; piece.operand says nothing. A row with a value that is not finite gives NaN.
+  void (*small)(const LinearPiece& piece);
+};
+// What an int32 sum of a digit and a code, both as large as they get, takes of k.
+inline constexpr int64_t kMaxDigitK = int64_t{1} << 16;
+
 struct LinearBodies {
   // Floats in a vector, and so rows of x in a group of the large-M layout.
   int lanes = 0;
   bool bf16_pairs = false;  // has bodies for Operand::kBf16Pair
+  const DigitBodies& (*digits)() = nullptr;  // null without VNNI
 
   // Small-M layout: row after row, each padded with zeros to small_words(words) words.
   int64_t (*small_words)(int64_t words);
@@ -94,6 +122,7 @@ const LinearBodies& linear_portable();
 const LinearBodies& linear_avx2();
 const LinearBodies& linear_avx512();
 const LinearBodies& linear_avx512_bf16();
+const DigitBodies& linear_digits_avx512();
 #endif
 
 }  // namespace lacuna::cpu

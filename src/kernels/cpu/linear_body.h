@@ -77,16 +77,11 @@ void small_tile(const LinearPiece& p, const W* w, int64_t x_words, int64_t first
       for (int r = 0; r < kRows; ++r) sum[m * kRows + r] = Op::dot(sum[m * kRows + r], xm, wr[r]);
     }
   };
-  // Look `ahead` along each row, and past its end into the next tile's: rows follow each other without a gap.
-  const int64_t most = kSmallAhead / kRows / static_cast<int64_t>(sizeof(W));
-  const int64_t ahead = most < p.k ? most : p.k, turn = p.k - ahead;
-  const int64_t jump = (kRows - 1) * p.k;
+  constexpr int64_t kSize = sizeof(W);
   int64_t i = 0;
   const float* xi = static_cast<const float*>(p.x);
   for (; i + kSteps * kStep <= p.k; i += kSteps * kStep, xi += kSteps * S::kLanes) {
-    const int64_t hop = i + ahead + (i >= turn ? jump : 0);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(w + r * p.k + hop);
+    ask_ahead<kRows>(w, p.k * kSize, i * kSize);
 #pragma GCC unroll 4
     for (int s = 0; s < kSteps; ++s) step(i + s * kStep, xi + s * S::kLanes);
   }
@@ -445,6 +440,6 @@ struct Table {
     return widen_values<S>(static_cast<const int8_t*>(from), count, to);
   }
   static constexpr LinearBodies bodies() {
-    return {S::kLanes, kPairs, small_words, pack_small, small, pack_group, large, widen, quantize_values};
+    return {S::kLanes, kPairs, nullptr, small_words, pack_small, small, pack_group, large, widen, quantize_values};
   }
 };
