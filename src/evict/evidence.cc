@@ -11,7 +11,7 @@ namespace {
 
 // Rows of values projected at once (their products stay in the last-level cache), and rows a thread
 // reduces at a time.
-constexpr int64_t kValueBlock = 2048, kRowPiece = 128;
+constexpr int64_t kValueBlock = 512, kRowPiece = 128;
 constexpr int64_t kQuerySinks = 4;  // kvpress leaves the first four queries out of its statistics: outliers
 
 // Scores are f32 whatever the precision of the model's own products.
@@ -302,13 +302,27 @@ void EvidenceReader::read_products(Context& ctx, int layer, int head, int group,
   const int pairs = group * (group + 1) / 2;
   const float* v = values_.as<float>();
   float* out = ensure(ctx, products_, pairs * slots);
-  const LinearWeight w = matrix(projections_->products(ctx, layer) + int64_t{head} * pairs * d * d, pairs * d, d);
+  using Products = OutputProjections::Products;
+  const Products products = projections_->products(ctx, layer, head);
   float* rows = ensure(ctx, rows_, std::min(slots, kValueBlock) * pairs * d);
   for (int64_t begin = 0; begin < slots; begin += kValueBlock) {
     const int64_t count = std::min(kValueBlock, slots - begin);
-    linear(ctx, w, v + begin * d, count, rows);
+    for (int b = 0; b < Products::kBlocks; ++b) {
+      const int64_t first = products.first(b), width = products.width(b);
+      if (width == 0) continue;
+      const LinearWeight w = matrix(products.data + products.at(b), pairs * width, d - first);
+      linear(ctx, w, v + begin * d + first, count, rows + count * pairs * first, LinearMode::kStore, d);
+    }
     for_rows(ctx, count, [&](int64_t i) {
-      for (int p = 0; p < pairs; ++p) out[p * slots + begin + i] = dot(rows + (i * pairs + p) * d, v + (begin + i) * d, d);
+      const float* value = v + (begin + i) * d;
+      for (int p = 0; p < pairs; ++p) {
+        float sum = 0;
+        for (int b = 0; b < Products::kBlocks; ++b) {
+          const int64_t first = products.first(b), width = products.width(b);
+          sum += dot(rows + count * pairs * first + (i * pairs + p) * width, value + first, width);
+        }
+        out[p * slots + begin + i] = sum;
+      }
     });
   }
 }

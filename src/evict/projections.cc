@@ -122,21 +122,27 @@ OutputProjections::Factors OutputProjections::factors(Context& ctx, int layer, i
   return {found, found + upper};
 }
 
-const float* OutputProjections::products(Context& ctx, int layer) {
+OutputProjections::Products OutputProjections::products(Context& ctx, int layer, int kv_head) {
   const std::lock_guard lock(mutex_);
   Buffer& buffer = products_[static_cast<size_t>(layer)];
-  if (buffer) return buffer.as<float>();
   const AttentionLayer& a = *model_.attention(layer);
   const int64_t rows = a.output.out(), d = a.head_dim;
-  const int group = a.query_heads / a.kv_heads, pairs = group * (group + 1) / 2;
-  Buffer made(ctx.memory, MemoryTag::kWeights, static_cast<size_t>(a.kv_heads * pairs * d * d) * sizeof(float));
+  const int group = a.query_heads / a.kv_heads;
+  Products layout(d, int64_t{group} * (group + 1) / 2);
+  const int64_t size = layout.at(Products::kBlocks);
+  const auto found = [&] {
+    layout.data = buffer.as<float>() + kv_head * size;
+    return layout;
+  };
+  if (buffer) return found();
+  Buffer made(ctx.memory, MemoryTag::kWeights, static_cast<size_t>(a.kv_heads * size) * sizeof(float));
   ctx.pool.parallel_for(a.kv_heads, [&](int64_t g, int) {
     std::vector<std::vector<float>> w(static_cast<size_t>(group), std::vector<float>(static_cast<size_t>(rows * d)));
     for (int h = 0; h < group; ++h) block(layer, static_cast<int>(g) * group + h, w[static_cast<size_t>(h)].data());
     std::vector<double> sum(static_cast<size_t>(d * d)), row(static_cast<size_t>(d));
-    float* out = made.as<float>() + g * pairs * d * d;
+    int64_t pair = 0;
     for (int h = 0; h < group; ++h)
-      for (int other = h; other < group; ++other, out += d * d) {
+      for (int other = h; other < group; ++other, ++pair) {
         std::fill(sum.begin(), sum.end(), 0.0);
         for (int64_t o = 0; o < rows; ++o) {
           const float* x = w[static_cast<size_t>(h)].data() + o * d;
@@ -144,14 +150,19 @@ const float* OutputProjections::products(Context& ctx, int layer) {
           for (int64_t j = 0; j < d; ++j) row[static_cast<size_t>(j)] = y[j];
           for (int64_t i = 0; i < d; ++i) subtract_scaled(row.data(), -static_cast<double>(x[i]), d, sum.data() + i * d);
         }
-        // v P v^T only sees the symmetric part.
-        for (int64_t i = 0; i < d; ++i)
-          for (int64_t j = 0; j < d; ++j)
-            out[i * d + j] = static_cast<float>(0.5 * (sum[static_cast<size_t>(i * d + j)] + sum[static_cast<size_t>(j * d + i)]));
+        for (int b = 0; b < Products::kBlocks; ++b) {
+          const int64_t first = layout.first(b), width = layout.width(b), end = first + width;
+          float* out = made.as<float>() + g * size + layout.at(b) + pair * width * (d - first);
+          for (int64_t i = first; i < end; ++i)
+            for (int64_t j = first; j < d; ++j) {
+              const double twice = sum[static_cast<size_t>(i * d + j)] + sum[static_cast<size_t>(j * d + i)];
+              *out++ = static_cast<float>(j < end ? 0.5 * twice : twice);
+            }
+        }
       }
   });
   buffer = std::move(made);
-  return buffer.as<float>();
+  return found();
 }
 
 }  // namespace lacuna
