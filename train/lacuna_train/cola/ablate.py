@@ -14,19 +14,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..model import count_parameters
 from ..tokenizer import load_tokenizer
 from .data import Text, fixed_rows
 from .evaluate import Judge, flow_losses, generated, mean_logsnr, measure, prompts_of, reconstruction
-from .export import usable, write_cola
+from .dit import DitConfig
+from .export import read_trained, ready, usable, write_cola
 from .losses import Constants
 from .trainer import Run, Settings, printer
+from .vae import TextVae
 
-BASE = Constants()
+BASE = Constants(ref_weight=0.01, detach_target=False)
+SHIPPED = Constants(freeze_vae=True, flow_on_mean=True, loc=0.5, block_shares={"4": 0.35})
 # name: (constants of both stages, settings of stage 2)
 VARIANTS = {
     "base": ({}, {}),
     "target detached": ({"detach_target": True}, {}),
     "target detached, ref 0.1": ({"detach_target": True, "ref_weight": 0.1}, {}),
+    "vae frozen, mean": ({"freeze_vae": True, "flow_on_mean": True}, {}),
+    "vae frozen, loc 0": ({"freeze_vae": True, "loc": 0.0}, {}),
+    "vae frozen, small blocks": ({"freeze_vae": True, "block_shares": {"4": 0.35}}, {}),
     "vae frozen": ({"freeze_vae": True}, {}),
     "flow 3": ({"flow_weight": 3.0}, {}),
     "muon 0.02": ({}, {"muon_lr": 0.02}),
@@ -51,6 +58,10 @@ VARIANTS = {
     "flow 3, muon 0.02": ({"flow_weight": 3.0}, {"muon_lr": 0.02}),
     "vae frozen, muon 0.02": ({"freeze_vae": True}, {"muon_lr": 0.02}),
 }
+# The scaling study: DiTs on one frozen VAE, so that their losses compare. name: (constants, settings, DiT, tokens)
+SIZES = {"S": {"txt_dim": 128, "heads": 2, "num_layers": 5}, "M": {}, "L": {"txt_dim": 256, "heads": 4, "num_layers": 10}}
+SCALING = {f"{size} {millions}M": (SHIPPED.to_dict(), {"muon_lr": 0.02}, shape, millions * 1e6)
+           for millions in (20, 40) for size, shape in SIZES.items()}
 OF_STAGE_1 = ("beta", "mask_weight", "mask_ratio", "fixed_logsnr")
 
 
@@ -64,6 +75,8 @@ def main():
     p.add_argument("--out", required=True)
     p.add_argument("--seconds", type=float, default=500)
     p.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    p.add_argument("--scaling", action="store_true", help="the scaling study instead")
+    p.add_argument("--vae", help="checkpoint of stage 1 to start all of the scaling study from")
     p.add_argument("--tokens", type=int, default=32768, help="tokens a step")
     p.add_argument("--vae-budget", type=float, default=15e6, help="tokens of stage 1")
     p.add_argument("--budget", type=float, default=20e6, help="tokens of stage 2")
@@ -87,15 +100,19 @@ def train(args, out):
     rows = fixed_rows(Path(args.data) / "eval", 64, 512)
     prompts, _ = prompts_of(args.data, args.count, 40, 64)
     vaes, results, ids, longest = {}, {}, {}, 0.0
-    for name in args.variants:
+    every = SCALING if args.scaling else {n: (*VARIANTS[n], {}, args.budget) for n in args.variants}
+    for name, (changed, of_settings, shape, budget) in every.items():
         began = time.monotonic()
         if began + longest - begun > args.seconds:
             break
-        changed, of_settings = VARIANTS[name]
         constants = replace(BASE, **changed)
         say = printer(out / "ablation.log", variant=name)
         try:
             key = stage_1_key(constants)
+            if args.vae and not vaes:
+                start, _, config, _ = read_trained(args.vae)
+                vae = ready(TextVae(config, compute), start, device)
+                vaes[key] = start, {"logsnr": mean_logsnr(vae, rows), "reconstruction": reconstruction(vae, rows)}
             if key not in vaes:
                 settings = Settings(stage="vae", tokens=args.tokens, round_from=1.0, constants=constants)
                 run = Run(settings, text, device, token_budget=args.vae_budget)
@@ -106,14 +123,15 @@ def train(args, out):
                 del run, vae
             start, of_stage_1 = vaes[key]
             settings = replace(Settings(stage="joint", tokens=args.tokens, constants=constants), **of_settings)
-            run = Run(settings, text, device, start=start, token_budget=args.budget)
+            run = Run(settings, text, device, dit_config=DitConfig(**shape), start=start, token_budget=budget)
             trained = time.monotonic()
             run.train(say=say, log_seconds=4)
             passed = time.monotonic() - trained
             vae, dit = usable(run.models.vae, compute), usable(run.models.dit, compute)
-            flow, by_t = flow_losses(vae, dit, rows[:32], levels=8)
+            flow, by_t = flow_losses(vae, dit, rows[:32], levels=8, on_mean=constants.flow_on_mean)
             results[name] = {"stage_1": of_stage_1, "logsnr": mean_logsnr(vae, rows), "reconstruction": reconstruction(vae, rows),
-                             "flow": flow, "flow_by_t": by_t, "seconds": passed, "rate": run.tokens / passed}
+                             "flow": flow, "flow_by_t": by_t, "seconds": passed, "rate": run.tokens / passed, "tokens": run.tokens,
+                             "dit_parameters": count_parameters(run.models.dit)}
             for g in args.guidance:
                 made = generated(vae, dit, prompts.to(device), 64, 16, g, penalty=1.0)
                 ids[f"{name}|{g:g}"] = np.array(made, np.int16)

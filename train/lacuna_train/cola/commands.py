@@ -121,6 +121,8 @@ def add(commands):
     p.add_argument("--rows", type=int, default=128, help="rows of 512 tokens for reconstruction")
     p.add_argument("--steps", type=int, nargs="+", default=[16])
     p.add_argument("--guidance", type=float, nargs="+", default=[7.0])
+    p.add_argument("--flow-on-mean", action="store_true", help="the flow's loss on posterior means, as flow_on_mean trains it")
+    p.add_argument("--block", type=int, help="instead of the DiT's block_size")
     p.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0], help="of an autoregressive model")
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument("--penalty", type=float, default=1.1, help="repetition penalty; 1: none")

@@ -46,8 +46,10 @@ def mean_logsnr(vae, rows, size=32):
 
 
 @torch.no_grad()
-def flow_losses(vae, dit, rows, levels=16, loc=1.0, scale=1.0, seed=1, size=16):
-    """(mean squared error of the velocity under the logit-normal's quantiles, [(t, error)]); the same t for a whole pass."""
+def flow_losses(vae, dit, rows, levels=16, loc=1.0, scale=1.0, seed=1, size=16, on_mean=False):
+    """(mean squared error of the velocity under the logit-normal's quantiles, [(t, error)]); the same t for a whole pass.
+
+    on_mean: what is noised is the posterior's mean; the history is a sample either way."""
     device = vae.cos.device
     attend = packed(rows.shape[1], dit.config.block_size, device, "dense")
     generator = torch.Generator(device).manual_seed(seed)
@@ -56,11 +58,12 @@ def flow_losses(vae, dit, rows, levels=16, loc=1.0, scale=1.0, seed=1, size=16):
     sums, count = torch.zeros(levels, dtype=torch.float64, device=device), 0
     for ids in chunks(rows.to(device), size):
         mean, logvar = vae.encode(ids)
-        z0 = vae.to_prior(L.sample(mean, logvar, torch.randn(mean.shape, device=device, generator=generator)))
+        clean = vae.to_prior(L.sample(mean, logvar, torch.randn(mean.shape, device=device, generator=generator)))
+        z0 = vae.to_prior(mean) if on_mean else clean
         z1 = torch.randn(mean.shape, device=device, generator=generator)
         for i, t in enumerate(ts):
-            noisy, velocity = torch.lerp(z0, z1, t), None
-            velocity = L.packed_velocity(dit, z0, noisy, torch.full(ids.shape, t * T, device=device), attend)
+            noisy = torch.lerp(z0, z1, t)
+            velocity = L.packed_velocity(dit, clean, noisy, torch.full(ids.shape, t * T, device=device), attend)
             sums[i] += (velocity - (z1 - z0)).square().mean(-1).sum()
         count += ids.numel()
     errors = (sums / count).tolist()
@@ -204,10 +207,12 @@ def evaluate(args):
     results["human"] = judged(follow)[0]
     if (Path(args.model) / "cola_vae").is_dir():
         vae, dit = load_cola(args.model, compute, device)
+        dit.config.block_size = args.block or dit.config.block_size
         rows = fixed_rows(Path(args.data) / "eval", args.rows, 512)
         results["reconstruction"] = reconstruction(vae, rows)
         results["logsnr"] = mean_logsnr(vae, rows)
-        results["flow"], results["flow_by_t"] = flow_losses(vae, dit, rows[:max(1, args.rows // 4)])
+        results["block"] = dit.config.block_size
+        results["flow"], results["flow_by_t"] = flow_losses(vae, dit, rows[:max(1, args.rows // 4)], on_mean=args.flow_on_mean)
         cells = [(s, g) for g in args.guidance for s in args.steps]
         make = lambda s, g: generated(vae, dit, prompts, args.new, s, g, args.seed, args.penalty)
     else:  # an autoregressive model: steps mean nothing, "guidance" is the temperature

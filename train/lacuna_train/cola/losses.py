@@ -3,7 +3,7 @@
 Reductions: cross-entropies and the Gaussians' terms are means over tokens (the Gaussians' sums over latent dims),
 L_mask over masked tokens only, L_FM over the positions that carry loss, a mean over dims.
 """
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -22,16 +22,18 @@ class Constants:
     mask_rows: float = 0.25       # share of the batch's rows that have a masked copy
     vae_weight: float = 1.0       # lambda_VAE
     flow_weight: float = 1.0      # lambda_fm
-    ref_weight: float = 0.01      # lambda_ref
+    ref_weight: float = 0.1       # lambda_ref
     freeze_vae: bool = False      # stage 2 trains the DiT alone
-    detach_target: bool = False   # True: the flow's gradient reaches the encoder through the noisy copy only
-    flow_on_mean: bool = False    # z0 is the posterior's mean, not a sample
+    detach_target: bool = True    # the flow's gradient reaches the encoder through the noisy copy only
+    flow_on_mean: bool = False    # what is noised is the posterior's mean, not a sample; history stays a sample
     loc: float = 1.0              # logit-normal timesteps
     scale: float = 1.0
     t_per_block: bool = True      # else one t a sequence
     prefix_share: float = 0.1     # blocks whose first tokens are clean
     short_share: float = 0.25     # steps on short rows: more blocks without history
     short: int = 64
+    # Shares of steps with other blocks than the DiT's block_size, e.g. {"4": 0.3}.
+    block_shares: dict = field(default_factory=dict)
 
     def to_dict(self):
         return asdict(self)
@@ -78,11 +80,11 @@ def noisy_copy(z0, z1, t, prefix):
     return torch.where(prefix[..., None], z0.detach(), noisy), torch.where(prefix, 0.0, t * T)
 
 
-def packed_velocity(dit, z0, noisy, t_noisy, attend):
-    """Velocities [B, L, C] of the noisy half of the packed sequence [clean | noisy]."""
-    length = z0.shape[1]
-    positions = torch.arange(length, device=z0.device).repeat(2)
-    x = torch.cat([z0.detach(), noisy], 1)
+def packed_velocity(dit, clean, noisy, t_noisy, attend):
+    """Velocities [B, L, C] of the noisy half of the packed sequence [clean | noisy]; no gradient through `clean`."""
+    length = clean.shape[1]
+    positions = torch.arange(length, device=clean.device).repeat(2)
+    x = torch.cat([clean.detach(), noisy], 1)
     t = torch.cat([torch.zeros_like(t_noisy), t_noisy], 1)
     return dit.run(x, t, positions, lambda _, q, k, v: attend(q, k, v))[:, length:]
 

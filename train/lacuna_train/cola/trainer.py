@@ -25,7 +25,7 @@ from .data import Text
 from .dit import Dit, DitConfig
 from .vae import TextVae, VaeConfig
 
-LENGTH_STREAM = 3
+KIND_STREAM = 3  # of a step's random numbers
 AHEAD = 4  # steps that the host may be ahead of the GPU
 
 
@@ -102,7 +102,7 @@ def optimizers(models, settings, device):
 
 
 class Step:
-    """Losses and gradients of one batch; a CUDA graph per row length."""
+    """Losses and gradients of one batch; a CUDA graph per row length and block."""
 
     NAMES = {"vae": ("recon", "kl", "masked", "logvar"), "joint": ("flow", "recon", "entropy", "masked", "ref", "logvar"),
              "ar": ("text",)}
@@ -120,40 +120,42 @@ class Step:
             p.grad = torch.zeros_like(p)
         self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device)
         self.generator = torch.Generator(device)
-        self.batches = {n: self.make_batch(n) for n in self.lengths}
+        d = models.dit and models.dit.config
+        self.blocks = {d.block_size if d else 1: 1.0}  # and their shares of the steps
+        if d and c.block_shares:
+            others = {int(b): share for b, share in c.block_shares.items()}
+            self.blocks = {d.block_size: 1.0 - sum(others.values())} | others
+        self.kinds = [(n, b) for n in self.lengths for b in self.blocks]
+        self.batches = {kind: self.make_batch(*kind) for kind in self.kinds}
         self.graphs, self.pool = {}, None
-        self.attend = {}
-        if models.dit is not None:
-            d = models.dit.config
-            shape = lambda n: (settings.tokens // n, d.heads, 2 * n, d.head_dim)
-            self.attend = {n: packed(n, d.block_size, device, settings.attention, shape(n)) for n in self.lengths}
+        shape = lambda n: (settings.tokens // n, d.heads, 2 * n, d.head_dim)
+        self.attend = {(n, b): packed(n, b, device, settings.attention, shape(n)) for n, b in self.kinds} if d else {}
 
-    def make_batch(self, n):
+    def make_batch(self, n, block):
         rows = self.s.tokens // n
         batch = {"ids": torch.zeros(rows, n, dtype=torch.long, device=self.device)}
         if self.s.stage == "ar":
             return batch
         c, latent = self.s.constants, self.models.vae.config.latent_dim
-        masked = max(1, round(rows * c.mask_rows)) if c.mask_weight else 0
+        masked = max(1, round(rows * c.mask_rows)) if c.mask_weight and not c.freeze_vae else 0
         shapes = {"eps": (rows + masked, n, latent)}
         uniform = {"mask": (masked, n)}
         if self.models.dit is not None:
-            block = self.models.dit.config.block_size
             shapes |= {"z1": (rows, n, latent), "t": (rows, n // block if c.t_per_block else 1)}
             uniform |= {"chance": (rows, n // block), "split": (rows, n // block)}
         self.drawn = {"normal": tuple(shapes), "uniform": tuple(uniform)}
         return batch | {k: torch.zeros(v, device=self.device) for k, v in (shapes | uniform).items()}
 
-    def length_of(self, step):
-        """The same on every rank."""
-        if len(self.lengths) == 1:
-            return self.lengths[0]
-        draw = np.random.default_rng([self.s.seed, LENGTH_STREAM, step]).random()
-        return self.lengths[int(draw < self.s.constants.short_share)]
+    def kind_of(self, step):
+        """(row length, block) of a step, the same on every rank."""
+        length, block = np.random.default_rng([self.s.seed, KIND_STREAM, step]).random(2)
+        bounds = np.cumsum(list(self.blocks.values()))[:-1]
+        return (self.lengths[int(len(self.lengths) > 1 and length < self.s.constants.short_share)],
+                list(self.blocks)[int(np.searchsorted(bounds, block, "right"))])
 
-    def load(self, text, rank, step, length):
+    def load(self, text, rank, step, kind):
         rng = np.random.default_rng([self.s.seed, rank, step])
-        batch = self.batches[length]
+        batch = self.batches[kind]
         batch["ids"].copy_(text.rows(rng, *batch["ids"].shape))
         if self.s.stage == "ar":
             return
@@ -186,27 +188,28 @@ class Step:
         kl = L.kl_standard(mean, logvar).mean()
         return recon + c.beta * kl + c.mask_weight * blind, (recon, kl, blind, logvar.mean())
 
-    def stage_2(self, batch, length):
+    def stage_2(self, batch, kind):
         m, c = self.models, self.s.constants
-        if c.freeze_vae:
+        if c.freeze_vae:  # nobody needs the decoder
             with torch.no_grad():
-                z0, mean, logvar, recon, blind = self.vae_losses(batch)
+                mean, logvar = m.vae.encode(batch["ids"])
+                clean = m.vae.to_prior(L.sample(mean, logvar, batch["eps"]))
+                recon = blind = mean.new_zeros(())
         else:
-            z0, mean, logvar, recon, blind = self.vae_losses(batch)
-        if c.flow_on_mean:
-            z0 = m.vae.to_prior(mean)
+            clean, mean, logvar, recon, blind = self.vae_losses(batch)
+        z0 = m.vae.to_prior(mean) if c.flow_on_mean else clean
         entropy = L.expected_log_q(logvar).mean()
         ref = entropy.new_zeros(())
         if m.reference is not None:
             with torch.no_grad():
                 mean_r, logvar_r = m.reference.encode(batch["ids"])
             ref = L.kl_between(mean, logvar, mean_r, logvar_r).mean()
-        block = m.dit.config.block_size
+        length, block = kind
         t = L.timesteps(batch["t"], c.loc, c.scale)
         t = t.repeat_interleave(length // t.shape[1], 1)
         prefix = L.prefix_mask(batch["chance"], batch["split"], block)(c.prefix_share)
         noisy, t_noisy = L.noisy_copy(z0, batch["z1"], t, prefix)
-        velocity = L.packed_velocity(m.dit, z0, noisy, t_noisy, self.attend[length])
+        velocity = L.packed_velocity(m.dit, clean, noisy, t_noisy, self.attend[kind])
         flow = L.flow_loss(velocity, z0, batch["z1"], (~prefix).float(), c.detach_target)
         loss = c.flow_weight * flow
         if not c.freeze_vae:
@@ -220,37 +223,37 @@ class Step:
         loss = each[:, :-1].mean()
         return loss, (loss,)
 
-    def body(self, length):
+    def body(self, kind):
         torch._foreach_zero_([p.grad for p in self.parameters])
         stage = {"vae": self.stage_1, "joint": self.stage_2, "ar": self.autoregressive}[self.s.stage]
-        loss, parts = stage(self.batches[length], length)
+        loss, parts = stage(self.batches[kind], kind)
         loss.backward()
         one = torch.ones((), device=self.device)
         self.sums += torch.stack([p.detach().double() for p in (*parts, one)])
 
-    def capture(self, length):
+    def capture(self, kind):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         kept = self.sums.clone()
         with torch.cuda.stream(side):
             for _ in range(2):
-                self.body(length)
+                self.body(kind)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            self.body(length)
+            self.body(kind)
         self.pool = self.pool or graph.pool()
-        self.graphs[length] = graph
+        self.graphs[kind] = graph
         self.sums.copy_(kept)
 
-    def __call__(self, length):
+    def __call__(self, kind):
         if self.device.type != "cuda":
-            self.body(length)
+            self.body(kind)
             return
-        if length not in self.graphs:
-            self.capture(length)
-        self.graphs[length].replay()
+        if kind not in self.graphs:
+            self.capture(kind)
+        self.graphs[kind].replay()
 
 
 class Run:
@@ -267,9 +270,9 @@ class Run:
                              torch.bfloat16 if cuda else torch.float32, cuda, start, ar_config or ModelConfig()).to(device)
         self.step_of = Step(self.models, settings, device)
         if cuda:  # compiling is no training
-            for n in self.step_of.lengths:
-                self.step_of.load(text, 0, 0, n)
-                self.step_of.capture(n)
+            for kind in self.step_of.kinds:
+                self.step_of.load(text, 0, 0, kind)
+                self.step_of.capture(kind)
         self.update = Update(optimizers(self.models, settings, device), self.step_of.parameters, settings.muon_lr,
                              settings.adam_lr)
         self.step = self.tokens = 0
@@ -320,10 +323,10 @@ class Run:
                 logged, last = time.monotonic(), (self.step, self.tokens)
             if ended:
                 break
-            length = self.step_of.length_of(self.step)
-            self.step_of.load(self.text, self.rank, self.step, length)
+            kind = self.step_of.kind_of(self.step)
+            self.step_of.load(self.text, self.rank, self.step, kind)
             self.models.set_rounding(float(progress >= self.settings.round_from))
-            self.step_of(length)
+            self.step_of(kind)
             if self.ranks > 1:
                 for p in self.step_of.parameters:
                     dist.all_reduce(p.grad)
