@@ -1,5 +1,5 @@
 // Every kind of normaliser, pre-tokeniser, post-processor and decoder against Hugging Face's
-// tokenizers 0.23 (tests/data/tokenizers/pipelines.json holds its ids and texts).
+// tokenizers 0.23 (pipelines.json of tests/data/tokenizers/vectors.tar.xz holds its ids and texts).
 #include <gtest/gtest.h>
 
 #include <nlohmann/json.hpp>
@@ -15,7 +15,7 @@ namespace {
 using Json = nlohmann::json;
 
 TEST(Pipelines, AsHuggingFaceTokenizers) {
-  const Json golden = Json::parse(read_text_file(test_data() / "tokenizers" / "pipelines.json", 10 << 20));
+  const Json golden = Json::parse(read_text_file(tokenizer_data("pipelines.json"), 10 << 20));
   ASSERT_GE(golden["pipelines"].size(), 40u);
   for (const Json& pipeline : golden["pipelines"]) {
     const auto name = pipeline["name"].get<std::string>();

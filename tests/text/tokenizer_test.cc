@@ -17,7 +17,7 @@ namespace lacuna {
 namespace {
 
 const Tokenizer& gpt2() {
-  static const auto tokenizer = load_tokenizer(vocabulary("gpt2"));
+  static const auto tokenizer = load_tokenizer(tokenizer_data("gpt2"));
   return *tokenizer;
 }
 
@@ -112,7 +112,7 @@ TEST(Tokenizer, SharedBetweenThreads) {
 
 // No input may take quadratic time: a megabyte of each took minutes if it did.
 TEST(Tokenizer, LongWordsTakeLinearithmicTime) {
-  const auto tokenizer = load_tokenizer(vocabulary("qwen2.5"));
+  const auto tokenizer = load_tokenizer(tokenizer_data("qwen2.5"));
   std::string marks;  // combining marks in the order that needs most exchanges
   for (int i = 0; i < 250'000; ++i) marks += i % 2 ? "\xCC\x81" : "\xCC\xA3";
   std::string letters;

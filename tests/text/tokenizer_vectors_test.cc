@@ -25,14 +25,14 @@ void expect_llama_cpp(const Tokenizer& tokenizer, const fs::path& inp, const fs:
 }
 
 void expect_books(const Tokenizer& tokenizer, const char* name) {
-  const auto golden = nlohmann::json::parse(read_text_file(test_data() / "tokenizers" / "books.json", 10 << 20));
+  const auto golden = nlohmann::json::parse(read_text_file(tokenizer_data("books.json"), 10 << 20));
   ASSERT_GT(golden["cases"].size(), 40u);
   for (const auto& c : golden["cases"])
     EXPECT_EQ(tokenizer.encode(c["text"].get<std::string>(), false), c[name].get<std::vector<int32_t>>()) << c["text"];
 }
 
 TEST(TokenizerVectors, Gpt2) {
-  const fs::path dir = vocabulary("gpt2");
+  const fs::path dir = tokenizer_data("gpt2");
   const auto tokenizer = load_tokenizer(dir);
   EXPECT_EQ(tokenizer->vocab_size(), 50257);
   EXPECT_EQ(tokenizer->eos_id(), 50256);
@@ -42,7 +42,7 @@ TEST(TokenizerVectors, Gpt2) {
 }
 
 TEST(TokenizerVectors, Qwen25) {
-  const fs::path dir = vocabulary("qwen2.5");
+  const fs::path dir = tokenizer_data("qwen2.5");
   const auto tokenizer = load_tokenizer(dir);
   EXPECT_EQ(tokenizer->vocab_size(), 151665);
   EXPECT_EQ(tokenizer->eos_id(), 151643);

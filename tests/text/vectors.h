@@ -35,8 +35,8 @@ inline std::vector<TokenizerVector> read_vectors(const std::filesystem::path& in
   return vectors;
 }
 
-// A published tokenizer's folder, unpacked from tests/data/tokenizers when the build was configured.
-inline std::filesystem::path vocabulary(const char* name) { return std::filesystem::path(LACUNA_VOCABULARIES) / name; }
+// What tests/data/tokenizers holds, unpacked when the build was configured: gpt2/, qwen2.5/, books.json, pipelines.json.
+inline std::filesystem::path tokenizer_data(const char* name) { return std::filesystem::path(LACUNA_TOKENIZERS) / name; }
 inline std::filesystem::path test_data() { return std::filesystem::path(LACUNA_SOURCE_DIR) / "tests" / "data"; }
 
 }  // namespace lacuna
