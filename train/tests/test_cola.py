@@ -278,6 +278,42 @@ def test_the_official_configuration_has_the_official_size():
     assert len(vae.state_dict()) == 133 and len(dit.state_dict()) == 470
 
 
+def test_the_commands(data, tmp_path):
+    """Both stages, resumed once, exported, evaluated and drawn, from the command line's parser on."""
+    import argparse
+
+    from lacuna_train.cola.commands import add
+    from lacuna_train.curve import draw
+
+    def command(*words):
+        parser = argparse.ArgumentParser()
+        add(parser.add_subparsers(required=True))
+        args = parser.parse_args([str(w) for w in words])
+        args.run(args)
+
+    common = ["--data", data, "--tokens", 128, "--token-budget", 512, "--log-seconds", 0]
+    vae = ["--vae", "vocab_size=8192", "dim=32", "ffn_dim=64", "num_heads=2", "latent_dim=4"]
+    one, two, model = tmp_path / "one", tmp_path / "two", tmp_path / "model"
+    command("cola-train", "--stage", "vae", "--out", one, *common, *vae, "--set", "length=64")
+    joint = ["cola-train", "--stage", "joint", "--from", one / "checkpoint.pt", "--out", two, *common, "--set", "length=64",
+             "--constant", "short=16", "--dit", "txt_dim=32", "heads=2", "head_dim=16", "num_layers=1", "rope_dim=12",
+             "block_size=4", "txt_in_channels=4"]
+    command(*joint, "--steps", 2)
+    command(*joint)
+    log = [json.loads(line) for line in (two / "log.jsonl").read_text().splitlines()]
+    assert [e["resumed_at"] for e in log if "resumed_at" in e] == [0, 2] and log[-1]["finished"]
+    command("cola-export", "--source", two / "checkpoint.pt", "--tokenizer", data / "tokenizer", "--out", model)
+    with pytest.raises(ValueError, match="no DiT"):
+        command("cola-export", "--source", one / "checkpoint.pt", "--tokenizer", data / "tokenizer", "--out", model)
+    results = tmp_path / "results.json"
+    command("cola-evaluate", "--model", model, "--data", data, "--out", results, "--count", 2, "--prompt", 6, "--new", 8,
+            "--rows", 2, "--steps", 1, 2, "--guidance", 1, 3, "--keep-ids", tmp_path / "ids.npz")
+    found = json.loads(results.read_text())
+    assert len(found["cells"]) == 4 and set(np.load(tmp_path / "ids.npz")) == {"1|1", "2|1", "1|3", "2|3"}
+    draw(argparse.Namespace(log=two / "log.jsonl", out=tmp_path / "loss.svg"))
+    assert "flow" in (tmp_path / "loss.svg").read_text()
+
+
 # ---- generation and figures
 
 def test_generation_of_a_batch_is_that_of_each_row():
