@@ -95,7 +95,9 @@ ColaSpec random_spec() {
   ColaSpec s;
   const auto flag = [] { return *rc::gen::arbitrary<bool>(); };
   s.vae_heads = *rc::gen::inRange(1, 4);
-  s.dim = s.vae_heads * *rc::gen::element(2, 8, 14);
+  const int head = *rc::gen::element(2, 8, 14);
+  // A norm over two or four values that are nearly equal divides by nearly nothing: rounding alone passes any bound.
+  s.dim = s.vae_heads * (s.vae_heads * head < 6 ? 8 : head);
   s.ffn = 2 * *rc::gen::inRange<int64_t>(3, 20);
   s.patch = *rc::gen::inRange<int64_t>(1, 4);
   s.vae_block = *rc::gen::inRange<int64_t>(1, 6);
