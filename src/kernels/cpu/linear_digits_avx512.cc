@@ -12,7 +12,7 @@
 namespace lacuna::cpu {
 namespace {
 
-constexpr int kLine = 64;           // codes of a step
+constexpr int kLine = 64;  // codes of a step
 constexpr int kDigits = 3;
 constexpr float kMost = 8323072.0f;  // 127 * 65536: the digits below round it up to less than 128 * 65536
 
@@ -90,10 +90,12 @@ __m512i lane_sums(const __m512i (&v)[16]) {
   __m512i t[8], u[4], w[2];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
-    t[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    t[i] =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
-    u[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(t[2 * i], t[2 * i + 1]), _mm512_unpackhi_epi64(t[2 * i], t[2 * i + 1]));
+    u[i] =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(t[2 * i], t[2 * i + 1]), _mm512_unpackhi_epi64(t[2 * i], t[2 * i + 1]));
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i)
     w[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(u[2 * i], u[2 * i + 1], 0x88),
@@ -110,7 +112,7 @@ void digit_tile(const LinearPiece& p, const int8_t* w, int64_t first) {
   __m512i sum[kSums];
 #pragma GCC unroll 32
   for (int j = 0; j < kSums; ++j) sum[j] = _mm512_setzero_si512();
-  const auto step = [&](const __m512i (&wr)[kRows], const char* x) __attribute__((always_inline)) {
+  const auto step = [&](const __m512i(&wr)[kRows], const char* x) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 3
@@ -175,14 +177,22 @@ void digit_rows(const LinearPiece& p) {
 
 void digits(const LinearPiece& p) {
   switch (p.m) {
-    case 1: return digit_rows<1>(p);
-    case 2: return digit_rows<2>(p);
-    case 3: return digit_rows<3>(p);
-    case 4: return digit_rows<4>(p);
-    case 5: return digit_rows<5>(p);
-    case 6: return digit_rows<6>(p);
-    case 7: return digit_rows<7>(p);
-    case 8: return digit_rows<8>(p);
+    case 1:
+      return digit_rows<1>(p);
+    case 2:
+      return digit_rows<2>(p);
+    case 3:
+      return digit_rows<3>(p);
+    case 4:
+      return digit_rows<4>(p);
+    case 5:
+      return digit_rows<5>(p);
+    case 6:
+      return digit_rows<6>(p);
+    case 7:
+      return digit_rows<7>(p);
+    case 8:
+      return digit_rows<8>(p);
   }
 }
 
