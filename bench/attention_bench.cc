@@ -47,18 +47,6 @@ struct Last : TraceSink {
   OpRecord last;
 };
 
-template <typename Call>
-double median_seconds(benchmark::State& state, const Call& call) {
-  std::vector<double> seconds;
-  for (auto _ : state) {
-    const double start = now();
-    call();
-    seconds.push_back(now() - start);
-  }
-  std::nth_element(seconds.begin(), seconds.begin() + static_cast<int64_t>(seconds.size() / 2), seconds.end());
-  return seconds[seconds.size() / 2];
-}
-
 void show_flops(benchmark::State& state, double seconds, double flops, double peak) {
   state.counters["ms"] = seconds * 1e3;
   state.counters["GFLOP/s"] = flops / seconds / 1e9;

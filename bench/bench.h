@@ -3,8 +3,11 @@
 
 #include <time.h>
 
+#include <benchmark/benchmark.h>
+
 #include <algorithm>
 #include <cstdlib>
+#include <vector>
 
 #include "kernels/machine.h"
 
@@ -29,6 +32,19 @@ inline double now() {
   timespec t;
   clock_gettime(bench().ctx.pool.size() > 1 ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID, &t);
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+// Of a benchmark's calls.
+template <typename Call>
+double median_seconds(benchmark::State& state, const Call& call) {
+  std::vector<double> seconds;
+  for (auto _ : state) {
+    const double start = now();
+    call();
+    seconds.push_back(now() - start);
+  }
+  std::nth_element(seconds.begin(), seconds.begin() + static_cast<int64_t>(seconds.size() / 2), seconds.end());
+  return seconds[seconds.size() / 2];
 }
 
 // Measured again for every benchmark: the best of several short looks, one of which the neighbours leave alone.

@@ -50,14 +50,7 @@ void measure(benchmark::State& state, const Call& call) {
   bench().ctx.trace = &totals;
   call();
   bench().ctx.trace = nullptr;
-  std::vector<double> seconds;
-  for (auto _ : state) {
-    const double start = now();
-    call();
-    seconds.push_back(now() - start);
-  }
-  std::nth_element(seconds.begin(), seconds.begin() + static_cast<int64_t>(seconds.size() / 2), seconds.end());
-  const double taken = seconds[seconds.size() / 2];
+  const double taken = median_seconds(state, call);
   const MachineLimits limit = limits();
   const OpTotals::Sum sum = totals.total();
   // Activations stay in caches and are not counted, but for what leaves them (logits): a decode's own business.

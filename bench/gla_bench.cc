@@ -50,16 +50,10 @@ struct Operands {
 double time_call(benchmark::State& state, Operands& x, OpRecord* report) {
   Last trace;
   bench().ctx.trace = &trace;
-  std::vector<double> seconds;
-  for (auto _ : state) {
-    const double start = now();
-    gated_linear_attention(bench().ctx, x.shape, x.sequences);
-    seconds.push_back(now() - start);
-  }
+  const double median = median_seconds(state, [&] { gated_linear_attention(bench().ctx, x.shape, x.sequences); });
   bench().ctx.trace = nullptr;
   *report = trace.last;
-  std::nth_element(seconds.begin(), seconds.begin() + static_cast<int64_t>(seconds.size() / 2), seconds.end());
-  return seconds[seconds.size() / 2];
+  return median;
 }
 
 GlaShape shape_of(int64_t group, int64_t kv_heads, int64_t d) {

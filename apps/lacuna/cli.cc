@@ -52,7 +52,7 @@ void add_engine_options(CLI::App& app, EngineOptions& o) {
       ->check(CLI::IsMember({"stored", "int8"}));
   app.add_option("--place", o.place,
                  "Stored weights: mapped (the file's pages, shared and the system's to take back), copied (memory in huge "
-                 "pages, faster), or auto (copied if they take at most half of the memory limit)")
+                 "pages, faster), or auto (copied if they take at most half of the memory that is left)")
       ->check(CLI::IsMember({"auto", "mapped", "copied"}));
   app.add_option("--kv-dtype", o.kv_dtype, "KV cache: f32, bf16, int8 (a scale per token and head), or auto (as --dtype)")
       ->check(CLI::IsMember({"auto", "f32", "bf16", "int8"}));

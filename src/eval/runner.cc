@@ -10,6 +10,17 @@ namespace {
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
+// Which prompt it was, and nothing yet of how it went.
+PromptResult result_of(const TaskPrompt& prompt) {
+  PromptResult out;
+  out.task = prompt.task;
+  out.length = prompt.length;
+  out.index = prompt.index;
+  out.depth = prompt.depth;
+  out.asked_depth = prompt.asked_depth;
+  return out;
+}
+
 }  // namespace
 
 int32_t most_likely(const float* logits, int64_t vocab) {
@@ -65,12 +76,7 @@ PromptResult PromptRunner::run(const TaskPrompt& prompt) {
                    prompt.new_tokens, model_.info().max_positions);
   const std::span<const int32_t> ids(prompt.ids);
 
-  PromptResult out;
-  out.task = prompt.task;
-  out.length = prompt.length;
-  out.index = prompt.index;
-  out.depth = prompt.depth;
-  out.asked_depth = prompt.asked_depth;
+  PromptResult out = result_of(prompt);
   out.prompt_tokens = n;
   out.variants.resize(variants_.size());
 
@@ -161,12 +167,7 @@ PromptResult run_generated(Generator& generator, const TaskPrompt& prompt, const
   request.sampling.max_new_tokens = prompt.new_tokens;
   if (prompt.one_line) request.sampling.stop = {"\n"};
   const GenerateResult result = generator.generate({&request, 1}, callbacks)[0];
-  PromptResult out;
-  out.task = prompt.task;
-  out.length = prompt.length;
-  out.index = prompt.index;
-  out.depth = prompt.depth;
-  out.asked_depth = prompt.asked_depth;
+  PromptResult out = result_of(prompt);
   out.prompt_tokens = result.prompt_tokens;
   out.full_bytes = result.kv_bytes;
   out.prefill_seconds = result.prefill_seconds;

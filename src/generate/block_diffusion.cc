@@ -50,6 +50,7 @@ struct BlockDiffusionGenerator::Sequence {
   std::optional<ColaState> state;  // until the sequence is done
   Sampler sampler;
   std::optional<TextStream> stream;
+  std::vector<int32_t> read;       // what the encoder reads (encoder_ids)
   std::vector<float> z;            // [latents of prompt and infill, latent_dim]
   std::vector<uint8_t> known;      // of those, the ones that are held fixed
   int64_t first = 0;               // position where generation begins: the prompt's whole blocks
@@ -146,10 +147,9 @@ void BlockDiffusionGenerator::read_prompts(std::span<Sequence* const> group, con
   std::vector<int32_t> ids;
   std::vector<int64_t> lengths;
   for (const Sequence* s : group) {
-    const std::vector<int32_t> own = encoder_ids(s->request);
-    if (own.empty()) continue;
-    ids.insert(ids.end(), own.begin(), own.end());
-    lengths.push_back(static_cast<int64_t>(own.size()));
+    if (s->read.empty()) continue;
+    ids.insert(ids.end(), s->read.begin(), s->read.end());
+    lengths.push_back(static_cast<int64_t>(s->read.size()));
   }
   std::vector<float> mean(ids.size() / static_cast<size_t>(patch) * static_cast<size_t>(d));
   if (!ids.empty()) model_.encode(ctx_, ids, lengths, mean.data(), nullptr);
@@ -165,7 +165,7 @@ void BlockDiffusionGenerator::read_prompts(std::span<Sequence* const> group, con
     const int64_t given = s->tokens() + static_cast<int64_t>(r.infill.size());
     const int64_t latents = ceil_div(given, patch);
     s->z.assign(from, from + latents * d);
-    from += static_cast<int64_t>(encoder_ids(r).size()) / patch * d;
+    from += static_cast<int64_t>(s->read.size()) / patch * d;
     // A latent is held fixed if all its tokens are given. The published code lets padding complete the prompt's last.
     s->known.assign(static_cast<size_t>(latents), 1);
     for (int64_t token = s->tokens(); token < latents * patch; ++token) {
@@ -190,7 +190,7 @@ void BlockDiffusionGenerator::read_prompts(std::span<Sequence* const> group, con
   for (Sequence* s : group) {
     s->result.prompt_tokens = s->tokens();
     if (!ids.empty())
-      s->result.prefill_seconds = seconds * static_cast<double>(encoder_ids(s->request).size()) / static_cast<double>(ids.size());
+      s->result.prefill_seconds = seconds * static_cast<double>(s->read.size()) / static_cast<double>(ids.size());
     if (callbacks.on_prefill && s->tokens() > 0) callbacks.on_prefill(s->index, s->tokens(), s->tokens());
   }
 }
@@ -437,7 +437,8 @@ std::vector<GenerateResult> BlockDiffusionGenerator::generate(std::span<const Ge
     sequences.push_back(std::make_unique<Sequence>(requests[i], i, model_.new_state(ctx_.memory, kv_), tokenizer_, params_.official));
     Sequence& s = *sequences.back();
     if (!params_.official) s.history = requests[i].prompt;
-    const auto latents = static_cast<int64_t>(encoder_ids(requests[i]).size()) / model_.config().vae.patch;
+    s.read = encoder_ids(requests[i]);
+    const auto latents = static_cast<int64_t>(s.read.size()) / model_.config().vae.patch;
     if (grouped + latents > ColaModel::kChunkRows) read();
     group.push_back(&s);
     grouped += latents;

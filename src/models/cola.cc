@@ -105,9 +105,9 @@ struct Call {
 struct ColaModel::Body {
   Body(Context& ctx, ColaConfig config, const LoadOptions& options)
       : vae_weights(ctx, ModelFiles::open(config.vae_dir), options),
-        vae(config.vae, vae_weights),
+        vae(config.vae, placed(vae_weights)),
         dit_weights(ctx, ModelFiles::open(config.dit_dir), options),
-        dit(config.dit, dit_weights) {
+        dit(config.dit, placed(dit_weights)) {
     info.vae_parameters = vae_weights.parameters();
     info.dit_parameters = dit_weights.parameters();
     info.weight_dtype = dit.weight_dtype();
@@ -120,6 +120,10 @@ struct ColaModel::Body {
     info.config = std::move(config);
   }
 
+  static WeightBinder& placed(WeightBinder& weights) {
+    weights.place();
+    return weights;
+  }
   KvCacheShape dit_shape(const KvOptions& options = {}) const {
     const ColaDitConfig& c = info.config.dit;
     return kv_shape(c.layers, c.heads, c.head_dim, options);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 namespace lacuna {
 
@@ -22,41 +21,42 @@ void RopeTable::fill(const RopeFrequencies& f, int64_t first, int64_t count, flo
     }
 }
 
-void RopeTable::grow(Context& ctx, int64_t positions) {
-  // Doubling keeps the work per new position constant.
-  const int64_t size = std::max<int64_t>({positions, 2 * filled_, 1024});
-  const size_t half = static_cast<size_t>(head_dim_) / 2;
-  Buffer cos(ctx.memory, MemoryTag::kActivations, static_cast<size_t>(size) * half * sizeof(float));
-  Buffer sin(ctx.memory, MemoryTag::kActivations, static_cast<size_t>(size) * half * sizeof(float));
-  const size_t have = static_cast<size_t>(filled_) * half;
-  if (have) {
-    std::memcpy(cos.as<float>(), cos_.as<float>(), have * sizeof(float));
-    std::memcpy(sin.as<float>(), sin_.as<float>(), have * sizeof(float));
-  }
-  constexpr int64_t kPiece = 256;
-  const int64_t fresh = size - filled_;
-  ctx.pool.parallel_for((fresh + kPiece - 1) / kPiece, [&](int64_t piece, int) {
-    const int64_t first = filled_ + piece * kPiece;
-    const size_t at = static_cast<size_t>(first) * half;
-    fill(base_, first, std::min(kPiece, size - first), cos.as<float>() + at, sin.as<float>() + at);
+const float* RopeTable::block(Context& ctx, int64_t index) {
+  const auto found = blocks_.find(index);
+  if (found != blocks_.end()) return found->second.as<float>();
+  const int64_t half = head_dim_ / 2;
+  Buffer made(ctx.memory, MemoryTag::kActivations, static_cast<size_t>(2 * kBlock * half) * sizeof(float));
+  float *cos = made.as<float>(), *sin = cos + kBlock * half;
+  constexpr int64_t kPiece = 64;
+  ctx.pool.parallel_for(kBlock / kPiece, [&](int64_t piece, int) {
+    const int64_t at = piece * kPiece;
+    fill(base_, index * kBlock + at, kPiece, cos + at * half, sin + at * half);
   });
-  cos_ = std::move(cos);
-  sin_ = std::move(sin);
-  filled_ = size;
+  return blocks_.emplace(index, std::move(made)).first->second.as<float>();
 }
 
 RopeTable::Rows RopeTable::rows(Context& ctx, int64_t first, int64_t count, int64_t sequence_length) {
-  const size_t half = static_cast<size_t>(head_dim_) / 2;
-  if (config_.type == RopeType::kDynamic && sequence_length > max_position_) {
-    const RopeFrequencies scaled = rope_frequencies(config_, head_dim_, max_position_, sequence_length);
-    const size_t elements = static_cast<size_t>(count) * half;
-    far_.ensure(ctx.memory, MemoryTag::kActivations, 2 * elements * sizeof(float));
-    fill(scaled, first, count, far_.as<float>(), far_.as<float>() + elements);
-    return {far_.as<float>(), far_.as<float>() + elements};
+  const int64_t half = head_dim_ / 2;
+  const bool scaled = config_.type == RopeType::kDynamic && sequence_length > max_position_;
+  if (!scaled && first % kBlock + count <= kBlock) {
+    const float* cos = block(ctx, first / kBlock) + first % kBlock * half;
+    return {cos, cos + kBlock * half};
   }
-  if (first + count > filled_) grow(ctx, first + count);
-  const size_t at = static_cast<size_t>(first) * half;
-  return {cos_.as<float>() + at, sin_.as<float>() + at};
+  gathered_.ensure(ctx.memory, MemoryTag::kActivations, static_cast<size_t>(2 * count * half) * sizeof(float));
+  float *cos = gathered_.as<float>(), *sin = cos + count * half;
+  const Rows all{cos, sin};
+  if (scaled) {
+    fill(rope_frequencies(config_, head_dim_, max_position_, sequence_length), first, count, cos, sin);
+    return all;
+  }
+  for (const int64_t end = first + count; first < end;) {
+    const int64_t offset = first % kBlock, rows = std::min(kBlock - offset, end - first);
+    const float* from = block(ctx, first / kBlock) + offset * half;
+    cos = std::copy_n(from, rows * half, cos);
+    sin = std::copy_n(from + kBlock * half, rows * half, sin);
+    first += rows;
+  }
+  return all;
 }
 
 }  // namespace lacuna

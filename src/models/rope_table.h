@@ -1,16 +1,16 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <span>
-#include <vector>
 
 #include "formats/rope.h"
 #include "kernels/context.h"
 
 namespace lacuna {
 
-// Cosines and sines of rotary embedding by position, grown as positions are used and shared by all
-// layers. Angles are formed in f32, as the references form them.
+// Cosines and sines of rotary embedding by position, in blocks of positions that are filled when one of them is first
+// used, and shared by all layers. Angles are formed in f32, as the references form them.
 class RopeTable {
  public:
   RopeTable(const RopeConfig& config, int head_dim, int64_t max_position);
@@ -27,15 +27,17 @@ class RopeTable {
   float factor() const { return base_.attention_factor; }
 
  private:
-  void grow(Context& ctx, int64_t positions);
+  static constexpr int64_t kBlock = 1024;
+  // cos [kBlock, d/2], then sin, of positions index * kBlock, …
+  const float* block(Context& ctx, int64_t index);
   static void fill(const RopeFrequencies& f, int64_t first, int64_t count, float* cos, float* sin);
 
   RopeConfig config_;
   int head_dim_;
   int64_t max_position_;
   RopeFrequencies base_;
-  int64_t filled_ = 0;
-  Buffer cos_, sin_, far_;  // far_: rows of a dynamically scaled sequence
+  std::map<int64_t, Buffer> blocks_;
+  Buffer gathered_;  // rows of several blocks, or of a dynamically scaled sequence
 };
 
 }  // namespace lacuna

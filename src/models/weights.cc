@@ -29,9 +29,9 @@ WeightBinder::WeightBinder(Context& ctx, ModelFiles files, const LoadOptions& op
     : ctx_(ctx), files_(std::move(files)), options_(options) {}
 
 void WeightBinder::place(const SpikeCoding& coding) {
-  const size_t limit = ctx_.memory.total_limit();
+  const std::optional<size_t> room = ctx_.memory.room();
   const bool copy = options_.place == WeightPlace::kCopied ||
-                    (options_.place == WeightPlace::kAuto && limit && files_.file_bytes() <= limit / 2);
+                    (options_.place == WeightPlace::kAuto && room && files_.file_bytes() <= *room / 2);
   const bool stored = options_.weights == WeightMode::kStored && !coding.on;
   if (copy && stored) files_.copy_to_memory(ctx_.memory, ctx_.pool);
 }

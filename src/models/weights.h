@@ -21,7 +21,7 @@ class WeightBinder {
   WeightBinder& operator=(const WeightBinder&) = delete;
 
   // Puts the stored weights where LoadOptions::place says. Before anything is bound.
-  void place(const SpikeCoding& coding);
+  void place(const SpikeCoding& coding = {});
 
   bool has(const std::string& name) const { return files_.has(name); }
   // `name`.weight [out, in], with `name`.bias [out] if `bias`.

@@ -1,10 +1,12 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -23,7 +25,11 @@ class MemoryAccount {
   // Bytes over all tags that may be allocated here (mapped files excluded); 0 = no limit. Keeps a
   // request beyond the machine's memory an error instead of a kill.
   void set_total_limit(size_t bytes) { total_limit_.store(bytes); }
-  size_t total_limit() const { return total_limit_.load(); }
+  // What the limit leaves; nothing: no limit.
+  std::optional<size_t> room() const {
+    const size_t limit = total_limit_.load(), taken = total_.load();
+    return limit ? std::optional(limit - std::min(limit, taken)) : std::nullopt;
+  }
   size_t limit(MemoryTag tag) const { return at(tag).limit.load(); }
   size_t now(MemoryTag tag) const { return at(tag).now.load(); }
   size_t peak(MemoryTag tag) const { return at(tag).peak.load(); }

@@ -7,9 +7,13 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
+#include "refusals.h"
 
 namespace lacuna {
 namespace {
+
+using refusals::expect_says;
+using refusals::refusal;
 
 using Json = nlohmann::json;
 namespace fs = std::filesystem;
@@ -37,22 +41,6 @@ ColaVaeConfig parse_vae(const Json& json) {
 }
 ColaDitConfig parse_dit(const Json& json) {
   return parse_cola_dit_config(ConfigFile::parse(json.dump(), "dir/cola_dit/config.json"));
-}
-
-template <typename E, typename Call>
-std::string refusal(const Call& call) {
-  try {
-    call();
-  } catch (const E& error) {
-    return error.what();
-  } catch (const std::exception& error) {
-    return std::string("another error: ") + error.what();
-  }
-  return "no error";
-}
-
-void expect_says(const std::string& message, std::initializer_list<const char*> parts) {
-  for (const char* part : parts) EXPECT_NE(message.find(part), std::string::npos) << message << "\nlacks: " << part;
 }
 
 TEST(ColaConfig, ReadsTheReleasedOne) {

@@ -7,9 +7,12 @@
 
 #include "base/error.h"
 #include "formats/config.h"
+#include "refusals.h"
 
 namespace lacuna {
 namespace {
+
+using refusals::expect_says;
 
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
@@ -25,18 +28,7 @@ ModelConfig parse(const Json& json) { return parse_model_config(ConfigFile::pars
 
 template <typename E = CorruptData>
 std::string refusal(const Json& json) {
-  try {
-    parse(json);
-  } catch (const E& error) {
-    return error.what();
-  } catch (const std::exception& error) {
-    return std::string("another error: ") + error.what();
-  }
-  return "no error";
-}
-
-void expect_says(const std::string& message, std::initializer_list<const char*> parts) {
-  for (const char* part : parts) EXPECT_NE(message.find(part), std::string::npos) << message << "\nlacks: " << part;
+  return refusals::refusal<E>([&] { parse(json); });
 }
 
 TEST(ModelConfig, Llama) {

@@ -11,9 +11,13 @@
 #include "base/error.h"
 #include "formats/safetensors.h"
 #include "formats/safetensors_writer.h"
+#include "refusals.h"
 
 namespace lacuna {
 namespace {
+
+using refusals::expect_says;
+using refusals::refusal;
 
 namespace fs = std::filesystem;
 
@@ -26,23 +30,6 @@ std::string file_of(const std::string& header, const std::string& data) {
 }
 
 SafetensorsFile parse(const std::string& bytes) { return SafetensorsFile(std::as_bytes(std::span(bytes)), "x.safetensors"); }
-
-template <typename E = CorruptData>
-std::string refusal(const std::function<void()>& run) {
-  try {
-    run();
-  } catch (const E& error) {
-    return error.what();
-  } catch (const std::exception& error) {
-    return std::string("another error: ") + error.what();
-  }
-  return "no error";
-}
-
-// The message must hold every one of `parts`.
-void expect_says(const std::string& message, std::initializer_list<const char*> parts) {
-  for (const char* part : parts) EXPECT_NE(message.find(part), std::string::npos) << message << "\nlacks: " << part;
-}
 
 struct Fault {
   const char* name;

@@ -5,9 +5,12 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
+#include "refusals.h"
 
 namespace lacuna {
 namespace {
+
+using refusals::expect_says;
 
 using Json = nlohmann::json;
 
@@ -44,18 +47,7 @@ SpikingBrainConfig parse(const Json& json) {
 
 template <typename E = CorruptData>
 std::string refusal(const Json& json) {
-  try {
-    parse(json);
-  } catch (const E& error) {
-    return error.what();
-  } catch (const std::exception& error) {
-    return std::string("another error: ") + error.what();
-  }
-  return "no error";
-}
-
-void expect_says(const std::string& message, std::initializer_list<const char*> parts) {
-  for (const char* part : parts) EXPECT_NE(message.find(part), std::string::npos) << message << "\nlacks: " << part;
+  return refusals::refusal<E>([&] { parse(json); });
 }
 
 Json with(const char* field, Json value) {

@@ -23,15 +23,9 @@ namespace fs = std::filesystem;
 using golden::golden_root;
 
 std::vector<std::string> find_cases() {
-  std::set<std::string> cases;
-  const fs::path root = fs::absolute(golden_root());
-  std::error_code error;
-  for (fs::recursive_directory_iterator it(root, fs::directory_options::follow_directory_symlink, error), end;
-       !error && it != end; it.increment(error)) {
-    const fs::path dir = it->path().parent_path();
-    if (it->path().filename() == "io.safetensors" && is_cola_checkpoint(dir)) cases.insert(fs::relative(dir, root).string());
-  }
-  return {cases.begin(), cases.end()};
+  return golden::folders_with(golden_root(), [](const fs::path& file) {
+    return file.filename() == "io.safetensors" && is_cola_checkpoint(file.parent_path());
+  });
 }
 
 using Floats = std::vector<float>;
@@ -465,11 +459,7 @@ TEST_P(ColaGolden, IsReproduced) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, ColaGolden, testing::ValuesIn(find_cases()), [](const auto& info) {
-  std::string name = info.param;
-  std::replace_if(name.begin(), name.end(), [](char c) { return !std::isalnum(static_cast<unsigned char>(c)); }, '_');
-  return name;
-});
+INSTANTIATE_TEST_SUITE_P(Cases, ColaGolden, testing::ValuesIn(find_cases()), golden::case_name);
 
 TEST(ColaGoldens, ThereAreCases) { EXPECT_FALSE(find_cases().empty()) << golden_root(); }
 

@@ -178,12 +178,7 @@ TEST_P(TimeCodeGolden, BitSlicedWeights) {
   for (int64_t zero : io_->integers("wbits.zero")) EXPECT_EQ(zero, sliced.zero);
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, TimeCodeGolden, testing::ValuesIn(find_cases(false)), [](const auto& info) {
-  std::string name = info.param;
-  for (char& c : name)
-    if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-  return name + "_" + std::to_string(info.index);
-});
+INSTANTIATE_TEST_SUITE_P(Cases, TimeCodeGolden, testing::ValuesIn(find_cases(false)), golden::case_name);
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(TimeCodeGolden);
 
 // ---- W8ASpike ------------------------------------------------------------------------------------
@@ -552,20 +547,10 @@ std::vector<std::string> w8aspike_cases() {
   return cases;
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, W8ASpikeGolden, testing::ValuesIn(w8aspike_cases()), [](const auto& info) {
-  std::string name = info.param;
-  for (char& c : name)
-    if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-  return name + "_" + std::to_string(info.index);
-});
+INSTANTIATE_TEST_SUITE_P(Cases, W8ASpikeGolden, testing::ValuesIn(w8aspike_cases()), golden::case_name);
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(W8ASpikeGolden);
 
-INSTANTIATE_TEST_SUITE_P(Cases, W8ASpikeWhole, testing::ValuesIn(w8aspike_cases()), [](const auto& info) {
-  std::string name = info.param;
-  for (char& c : name)
-    if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-  return name + "_" + std::to_string(info.index);
-});
+INSTANTIATE_TEST_SUITE_P(Cases, W8ASpikeWhole, testing::ValuesIn(w8aspike_cases()), golden::case_name);
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(W8ASpikeWhole);
 
 }  // namespace

@@ -38,19 +38,11 @@ bool is_of_other_test(const fs::path& dir) {
   }
 }
 
-// Folders that hold a case, relative to the root; its path from the file system's own root on decides, so that
-// LACUNA_GOLDENS may name the folder itself.
 std::vector<std::string> find_cases() {
-  std::set<std::string> cases;
-  const fs::path root = fs::absolute(golden_root());
-  std::error_code error;
-  for (fs::recursive_directory_iterator it(root, fs::directory_options::follow_directory_symlink, error), end;
-       !error && it != end; it.increment(error)) {
-    const fs::path name = it->path().filename(), dir = it->path().parent_path();
-    if ((name == "io.safetensors" || name == "config.json") && is_spikingbrain(dir) && !is_of_other_test(dir))
-      cases.insert(fs::relative(dir, root).string());
-  }
-  return {cases.begin(), cases.end()};
+  return golden::folders_with(golden_root(), [](const fs::path& file) {
+    const fs::path name = file.filename(), dir = file.parent_path();
+    return (name == "io.safetensors" || name == "config.json") && is_spikingbrain(dir) && !is_of_other_test(dir);
+  });
 }
 
 // Collects the tensors of every layer by the goldens' names, over all calls: rows stand one after the other.
@@ -281,12 +273,7 @@ TEST_P(SpikingBrainGolden, ThreadsChangeNoBit) {
   EXPECT_EQ(run(one, (n + 1) / 2, 512).logits, run(three, (n + 1) / 2, 512).logits);
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, SpikingBrainGolden, testing::ValuesIn(find_cases()), [](const auto& info) {
-  std::string name = info.param;
-  for (char& c : name)
-    if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-  return name + "_" + std::to_string(info.index);
-});
+INSTANTIATE_TEST_SUITE_P(Cases, SpikingBrainGolden, testing::ValuesIn(find_cases()), golden::case_name);
 
 TEST(SpikingBrainGoldens, AreThere) {
   EXPECT_FALSE(find_cases().empty()) << "no folder below " << golden_root() << " is a case of SpikingBrain-7B";

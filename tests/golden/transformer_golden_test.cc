@@ -324,12 +324,7 @@ TEST_P(TransformerGolden, KvpressScores) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, TransformerGolden, testing::ValuesIn(find_cases()), [](const auto& info) {
-  std::string name = info.param;
-  for (char& c : name)
-    if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-  return name + "_" + std::to_string(info.index);
-});
+INSTANTIATE_TEST_SUITE_P(Cases, TransformerGolden, testing::ValuesIn(find_cases()), golden::case_name);
 
 TEST(TransformerGoldens, AreThere) {
   EXPECT_FALSE(find_cases().empty()) << "no folder below " << golden_root() << " holds a config.json";

@@ -10,6 +10,7 @@
 namespace lacuna {
 namespace {
 
+using testing::Engine;
 using testing::exact_attention;
 using testing::exact_rows;
 using testing::Head;
@@ -22,14 +23,6 @@ using testing::random_head;
   for (const Isa level : isa_levels())                                    \
     if (const ScopedIsa held(level); true)                                \
       if (const ::testing::ScopedTrace where(__FILE__, __LINE__, isa_name(level)); true)
-
-struct Engine {
-  explicit Engine(int threads = 2, ActivationType activations = ActivationType::kF32) : ctx(memory, threads) {
-    ctx.activations = activations;
-  }
-  MemoryAccount memory;
-  Context ctx;
-};
 
 struct Sequence {
   std::vector<Head> heads;

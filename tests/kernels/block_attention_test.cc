@@ -9,18 +9,11 @@
 namespace lacuna {
 namespace {
 
+using testing::Engine;
 using testing::Head;
 using testing::isa_levels;
 using testing::normals;
 using testing::random_head;
-
-struct Engine {
-  explicit Engine(int threads = 2, ActivationType activations = ActivationType::kF32) : ctx(memory, threads) {
-    ctx.activations = activations;
-  }
-  MemoryAccount memory;
-  Context ctx;
-};
 
 // Softmax over the first `visible` slots of one head, in double.
 std::vector<double> exact(const Head& head, const float* q, int d, int64_t visible, double scale) {

@@ -9,14 +9,9 @@
 namespace lacuna {
 namespace {
 
+using testing::Engine;
 using testing::isa_levels;
 using testing::normals;
-
-struct Engine {
-  explicit Engine(int threads = 2) : ctx(memory, threads) {}
-  MemoryAccount memory;
-  Context ctx;
-};
 
 TEST(RmsNorm, MatchesDouble) {
   for (const Isa isa : isa_levels()) {

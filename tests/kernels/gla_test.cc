@@ -12,6 +12,7 @@
 namespace lacuna {
 namespace {
 
+using testing::Engine;
 using testing::isa_levels;
 using testing::normals;
 
@@ -90,12 +91,6 @@ double relative(const A& found, const B& expected) {
   }
   return worst / size;
 }
-
-struct Engine {
-  explicit Engine(int threads = 2) : ctx(memory, threads) {}
-  MemoryAccount memory;
-  Context ctx;
-};
 
 // In pieces of the given lengths (the last one serves what is left).
 void run(Engine& e, Sequence& s, std::vector<int64_t> pieces) {

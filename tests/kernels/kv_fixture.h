@@ -1,5 +1,5 @@
-// KV heads made by hand, with the values that their codes stand for: what the attention tests are
-// checked against. Nothing here calls the kernels.
+// What the kernel tests share: instruction sets, random values, an engine to run ops in; and KV heads made by hand, with
+// the values that their codes stand for, which attention is checked against. Nothing here calls the kernels.
 #pragma once
 
 #include <algorithm>
@@ -26,6 +26,14 @@ inline std::vector<float> normals(size_t n, uint32_t seed) {
   for (float& f : x) f = normal(rng);
   return x;
 }
+
+struct Engine {
+  explicit Engine(int threads = 2, ActivationType activations = ActivationType::kF32) : ctx(memory, threads) {
+    ctx.activations = activations;
+  }
+  MemoryAccount memory;
+  Context ctx;
+};
 
 // One head's pages, and its decoded contents.
 class Head {

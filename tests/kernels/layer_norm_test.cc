@@ -10,14 +10,9 @@
 namespace lacuna {
 namespace {
 
+using testing::Engine;
 using testing::isa_levels;
 using testing::normals;
-
-struct Engine {
-  explicit Engine(int threads = 2) : ctx(memory, threads) {}
-  MemoryAccount memory;
-  Context ctx;
-};
 
 // (x - mean) / sqrt(variance + eps) of one row, in double.
 std::vector<double> exact_norm(const float* x, int64_t d, double eps) {

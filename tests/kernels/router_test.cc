@@ -12,14 +12,9 @@
 namespace lacuna {
 namespace {
 
+using testing::Engine;
 using testing::isa_levels;
 using testing::normals;
-
-struct Engine {
-  explicit Engine(int threads = 2) : ctx(memory, threads) {}
-  MemoryAccount memory;
-  Context ctx;
-};
 
 class Recorder : public TraceSink {
  public:

@@ -6,9 +6,12 @@
 #include "base/error.h"
 #include "models/cola_fixture.h"
 #include "models/latent_attention.h"
+#include "refusals.h"
 
 namespace lacuna {
 namespace {
+
+using refusals::expect_says;
 
 using testing::ColaCheckpoint;
 using testing::ColaSpec;
@@ -477,19 +480,26 @@ template <typename E>
 std::string refusal(const ColaCheckpoint& c, const LoadOptions& options = {}) {
   MemoryAccount memory;
   Context ctx(memory, 1);
-  try {
-    ColaModel::load(ctx, c.dir, options);
-  } catch (const E& error) {
-    EXPECT_EQ(memory.now(MemoryTag::kWeights), size_t{0});
-    return error.what();
-  } catch (const std::exception& error) {
-    return std::string("another error: ") + error.what();
-  }
-  return "no error";
+  const std::string what = refusals::refusal<E>([&] { ColaModel::load(ctx, c.dir, options); });
+  EXPECT_EQ(memory.now(MemoryTag::kWeights), size_t{0});
+  return what;
 }
 
-void expect_says(const std::string& message, std::initializer_list<const char*> parts) {
-  for (const char* p : parts) EXPECT_NE(message.find(p), std::string::npos) << message << "\nlacks: " << p;
+TEST(Cola, CopiedWeightsAreTheSameWeights) {
+  const ColaCheckpoint c(ColaSpec{});
+  LoadOptions options;
+  options.place = WeightPlace::kCopied;
+  Engine mapped(c), copied(c, 2, options);
+  const Floats z = normals(5 * c.spec.latent, 1), t(5, 500.0f);
+  EXPECT_EQ(copied.velocity(z, t, {{nullptr, 5, 0}}), mapped.velocity(z, t, {{nullptr, 5, 0}}));
+  EXPECT_EQ(copied.decode(z, {{nullptr, 5, 0}}), mapped.decode(z, {{nullptr, 5, 0}}));
+  // Both files are the account's now: a limit below them refuses.
+  MemoryAccount memory;
+  Context ctx(memory, 1);
+  memory.set_total_limit(copied.memory.now(MemoryTag::kWeights) / 2);
+  EXPECT_THROW(ColaModel::load(ctx, c.dir, options), OutOfMemory);
+  EXPECT_NO_THROW(ColaModel::load(ctx, c.dir, {}));
+  EXPECT_EQ(memory.now(MemoryTag::kWeights), 0u);
 }
 
 TEST(Cola, RefusesCheckpointsThatDoNotFit) {
