@@ -62,6 +62,14 @@ VARIANTS = {
 SIZES = {"S": {"txt_dim": 128, "heads": 2, "num_layers": 5}, "M": {}, "L": {"txt_dim": 256, "heads": 4, "num_layers": 10}}
 SCALING = {f"{size} {millions}M": (SHIPPED.to_dict(), {"muon_lr": 0.02}, shape, millions * 1e6)
            for millions in (20, 40) for size, shape in SIZES.items()}
+# The shipped recipe with one constant taken back each, and two more seeds.
+AROUND = {name: (SHIPPED.to_dict() | changed, {"muon_lr": 0.02} | settings, {}, 40e6) for name, changed, settings in (
+    ("shipped", {}, {}), ("flow on samples", {"flow_on_mean": False}, {}), ("loc 1", {"loc": 1.0}, {}),
+    ("blocks of 16 only", {"block_shares": {}}, {}), ("seed 2", {}, {"seed": 2}), ("seed 3", {}, {"seed": 3}),
+    ("joint", {"freeze_vae": False, "ref_weight": 0.1, "detach_target": True}, {}), ("prefix 0", {"prefix_share": 0.0}, {}),
+    ("no short rows", {"short_share": 0.0}, {}), ("loc 0", {"loc": 0.0}, {}), ("muon 0.01", {}, {"muon_lr": 0.01}),
+    ("official init", {}, {"gates": None}))}
+STUDIES = {"scaling": SCALING, "shipped": AROUND}
 OF_STAGE_1 = ("beta", "mask_weight", "mask_ratio", "fixed_logsnr")
 
 
@@ -75,8 +83,8 @@ def main():
     p.add_argument("--out", required=True)
     p.add_argument("--seconds", type=float, default=500)
     p.add_argument("--variants", nargs="*", default=list(VARIANTS))
-    p.add_argument("--scaling", action="store_true", help="the scaling study instead")
-    p.add_argument("--vae", help="checkpoint of stage 1 to start all of the scaling study from")
+    p.add_argument("--study", choices=STUDIES, help="instead of variants of the first recipe: DiTs of three sizes, or variants of the shipped recipe")
+    p.add_argument("--vae", help="checkpoint of stage 1 to start all of a study from")
     p.add_argument("--tokens", type=int, default=32768, help="tokens a step")
     p.add_argument("--vae-budget", type=float, default=15e6, help="tokens of stage 1")
     p.add_argument("--budget", type=float, default=20e6, help="tokens of stage 2")
@@ -100,7 +108,7 @@ def train(args, out):
     rows = fixed_rows(Path(args.data) / "eval", 64, 512)
     prompts, _ = prompts_of(args.data, args.count, 40, 64)
     vaes, results, ids, longest = {}, {}, {}, 0.0
-    every = SCALING if args.scaling else {n: (*VARIANTS[n], {}, args.budget) for n in args.variants}
+    every = STUDIES[args.study] if args.study else {n: (*VARIANTS[n], {}, args.budget) for n in args.variants}
     for name, (changed, of_settings, shape, budget) in every.items():
         began = time.monotonic()
         if began + longest - begun > args.seconds:
