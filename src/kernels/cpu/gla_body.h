@@ -59,73 +59,104 @@ bool decays(const float* x, int64_t n, float* decay, float* rest) {
 alignas(64) constexpr float kEntering[2 * kGlaChunk] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
                                                         1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// Token i's row of A for kR query heads, over kV vectors of keys. kDecay: the keys decay first, in place.
-template <int kR, int kV, bool kDecay>
-void attention_row(const float* q, const float* alpha, float* keys, int i, int dk, float scale, float* a) {
-  // Chains of dependent multiply-adds: eight or so cover the latency.
-  constexpr int kSplit = kR * kV >= 5 ? 1 : kR * kV >= 3 ? 2 : 4;
-  Vec entering[kV], sums[kSplit][kR][kV];
+// The lanes of a vector of keys that decay when a token comes.
+#if defined(__AVX512F__)
+using Lanes = __mmask16;
+inline Lanes lanes_below(int n) { return n < kLanes ? n <= 0 ? 0 : first(n) : 0xffff; }
+inline Vec decayed(Vec key, float alpha, Lanes which) {
+  return {_mm512_mask_mul_ps(key.v, which, key.v, _mm512_set1_ps(alpha))};
+}
+#else
+using Lanes = Vec;
+inline Lanes lanes_below(int n) { return load(kEntering + kGlaChunk - (n < 0 ? 0 : n < kLanes ? n : kLanes)); }
+inline Vec decayed(Vec key, float alpha, Lanes entering) { return key * vmax(set1(alpha), entering); }
+#endif
+
+// Rows of A for kT tokens from i on and kR query heads, over kV vectors of keys. The keys decay in place as the
+// tokens come.
+template <int kT, int kR, int kV>
+__attribute__((noinline)) void attention_tile(const GlaChunk& chunk, const float* alpha, float* keys, int i, int head, float* a) {
+  const int dk = chunk.shape.dk, group = chunk.shape.group;
+  const int64_t stride = chunk.q_stride, step = dk;
+  const float* q = chunk.q + i * stride + int64_t{head} * dk;
+  alpha += int64_t{i} * dk;
+  Lanes which[kT][kV];
+  Vec sums[kT][kR][kV];
+#pragma GCC unroll 8
+  for (int t = 0; t < kT; ++t)
 #pragma GCC unroll 16
-  for (int v = 0; v < kV; ++v) entering[v] = load(kEntering + kGlaChunk - i + v * kLanes);
-#pragma GCC unroll 4
-  for (int s = 0; s < kSplit; ++s)
+    for (int v = 0; v < kV; ++v) {
+      which[t][v] = lanes_below(i + t - v * kLanes);
+#pragma GCC unroll 8
+      for (int h = 0; h < kR; ++h) sums[t][h][v] = zero();
+    }
+  const float* rows[kT];
+#pragma GCC unroll 8
+  for (int t = 0; t < kT; ++t) rows[t] = q + t * stride;
+  for (int c = 0; c < dk; ++c) {
+    Vec key[kV];
+#pragma GCC unroll 16
+    for (int v = 0; v < kV; ++v) key[v] = load(keys + v * kLanes);
+#pragma GCC unroll 8
+    for (int t = 0; t < kT; ++t) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kV; ++v) key[v] = decayed(key[v], alpha[t * step], which[t][v]);
+#pragma GCC unroll 8
+      for (int h = 0; h < kR; ++h) {
+        const Vec qv = set1(rows[t][h * step]);
+#pragma GCC unroll 16
+        for (int v = 0; v < kV; ++v) sums[t][h][v] = fma(qv, key[v], sums[t][h][v]);
+      }
+      ++rows[t];
+      // Else the compiler keeps a pointer for every head and token, most of them in memory.
+      asm("" : "+r"(rows[t]));
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < kV; ++v) store(keys + v * kLanes, key[v]);
+    keys += kGlaChunk;
+    ++alpha;
+    asm("" : "+r"(alpha));
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kT; ++t)
 #pragma GCC unroll 8
     for (int h = 0; h < kR; ++h)
 #pragma GCC unroll 16
-      for (int v = 0; v < kV; ++v) sums[s][h][v] = zero();
-  const auto channel = [&](int c, int s) __attribute__((always_inline)) {
-    Vec key[kV];
-#pragma GCC unroll 16
-    for (int v = 0; v < kV; ++v) {
-      key[v] = load(keys + c * kGlaChunk + v * kLanes);
-      if (kDecay) {
-        key[v] = key[v] * vmax(set1(alpha[c]), entering[v]);
-        store(keys + c * kGlaChunk + v * kLanes, key[v]);
+      for (int v = 0; v < kKeyVecs; ++v) {
+        float* to = a + ((i + t) * group + head + h) * kGlaChunk + v * kLanes;
+        store(to, zero());
+        if (v >= kV) continue;
+        // Later tokens' keys must not show, not even as 0 * inf.
+        const int n = i + t + 1 - v * kLanes;
+        store_part(to, sums[t][h][v < kV ? v : 0] * set1(chunk.scale), n < 0 ? 0 : n < kLanes ? n : kLanes);
       }
-    }
-#pragma GCC unroll 8
-    for (int h = 0; h < kR; ++h) {
-      const Vec qv = set1(q[h * dk + c]);
-#pragma GCC unroll 16
-      for (int v = 0; v < kV; ++v) sums[s][h][v] = fma(qv, key[v], sums[s][h][v]);
-    }
-  };
-  int c = 0;
-  for (; c + kSplit <= dk; c += kSplit)
-#pragma GCC unroll 4
-    for (int s = 0; s < kSplit; ++s) channel(c + s, s);
-  for (; c < dk; ++c) channel(c, 0);
-#pragma GCC unroll 8
-  for (int h = 0; h < kR; ++h)
-#pragma GCC unroll 16
-    for (int v = 0; v < kKeyVecs; ++v) {
-      float* to = a + h * kGlaChunk + v * kLanes;
-      store(to, zero());
-      if (v >= kV) continue;
-      Vec sum = sums[0][h][v < kV ? v : 0];
-#pragma GCC unroll 4
-      for (int s = 1; s < kSplit; ++s) sum = sum + sums[s][h][v < kV ? v : 0];
-      // Later tokens' keys must not show, not even as 0 * inf.
-      const int n = i + 1 - v * kLanes;
-      store_part(to, sum * set1(scale), n < kLanes ? n : kLanes);
-    }
-}
-
-// As many vectors of keys as token i sees.
-template <int kR, bool kDecay, int kV = kKeyVecs>
-void attention_row_any(const float* q, const float* alpha, float* keys, int i, int dk, float scale, float* a) {
-  if constexpr (kV > 1)
-    if (i < (kV - 1) * kLanes) return attention_row_any<kR, kDecay, kV - 1>(q, alpha, keys, i, dk, scale, a);
-  attention_row<kR, kV, kDecay>(q, alpha, keys, i, dk, scale, a);
 }
 
 // Query heads that share a pass over the keys: their sums and the keys fit the registers.
 inline constexpr int kHeads = kLanes == 16 ? 8 : kLanes == 8 ? 4 : 2;
+// Tokens that do: eight or so chains of dependent multiply-adds cover the latency.
+constexpr int tokens_of_tile(int sums) { return sums <= (kLanes == 16 ? 4 : 2) ? 4 : sums <= (kLanes == 16 ? 8 : 4) ? 2 : 1; }
 
-template <bool kDecay, int kR = kHeads>
-void attention_heads(int heads, const float* q, const float* alpha, float* keys, int i, int dk, float scale, float* a) {
-  if (heads == kR) return attention_row_any<kR, kDecay>(q, alpha, keys, i, dk, scale, a);
-  if constexpr (kR > 1) attention_heads<kDecay, kR - 1>(heads, q, alpha, keys, i, dk, scale, a);
+// Over as many vectors of keys as the tokens see. Returns the number of tokens done.
+template <int kR, int kV = kKeyVecs>
+int attention_tokens(const GlaChunk& chunk, const float* alpha, float* keys, int i, int head, float* a) {
+  constexpr int kT = tokens_of_tile(kR * kV);
+  if constexpr (kV > 1)
+    if (i + kT <= (kV - 1) * kLanes) return attention_tokens<kR, kV - 1>(chunk, alpha, keys, i, head, a);
+  if (i + kT <= chunk.tokens) {
+    attention_tile<kT, kR, kV>(chunk, alpha, keys, i, head, a);
+    return kT;
+  }
+  attention_tile<1, kR, kV>(chunk, alpha, keys, i, head, a);
+  return 1;
+}
+
+template <int kR = kHeads>
+void attention_heads(int heads, const GlaChunk& chunk, const float* alpha, float* keys, int head, float* a) {
+  if (heads == kR)
+    for (int i = 0; i < chunk.tokens;) i += attention_tokens<kR>(chunk, alpha, keys, i, head, a);
+  else if constexpr (kR > 1)
+    attention_heads<kR - 1>(heads, chunk, alpha, keys, head, a);
 }
 
 // keys[c][j] = k[j][c], 0 for tokens that are not there.
@@ -151,61 +182,86 @@ bool prepare(const GlaChunk& chunk, float* record, float* workspace) {
   const GlaRecord& shape = chunk.shape;
   const int n = chunk.tokens, dk = shape.dk, group = shape.group;
   float* alpha = workspace;
-  float* keys = alpha + GlaRecord::round_up(int64_t{kGlaChunk} * dk);
-  float* product = keys + GlaRecord::round_up(int64_t{kGlaChunk} * dk);
+  float* total = alpha + GlaRecord::round_up(int64_t{kGlaChunk} * dk);
+  float* product = total + GlaRecord::round_up(dk);
   // Rows of neighbouring tokens are pages apart, where no hardware prefetcher follows.
   for (int i = 0; i < n; ++i)
     for (int c = 0; c < dk; c += 16) {
       __builtin_prefetch(chunk.log_decay + i * chunk.k_stride + c);
       __builtin_prefetch(chunk.k + i * chunk.k_stride + c);
     }
+  Vec largest_log = set1(-1.0f);
   for (int i = 0; i < n; ++i) {
     const float* g = chunk.log_decay + i * chunk.k_stride;
-    if (!all_decay(g, dk)) return false;
-    for_vectors(dk, [&](int c, int m) {
-      const Vec x = load_part(g + c, m), total = i == 0 ? x : load_part(product + c, m) + x;
-      store_part(alpha + i * dk + c, decay_of(x), m);
-      store_part(product + c, total, m);
-    });
-  }
-  // The state's decay comes from the sum of the logarithms: products of rounded decays would all err the same way.
-  decays(product, dk, record + shape.decay(), record + shape.decay_rest());
-
-  transpose_keys(chunk.k, chunk.k_stride, n, dk, keys);
-  for (int i = 0; i < n; ++i) {
     const float* q = chunk.q + i * chunk.q_stride;
     float* scaled = record + shape.q() + int64_t{i} * group * dk;
     for_vectors(dk, [&](int c, int m) {
-      const Vec own = load_part(alpha + i * dk + c, m), p = i == 0 ? own : load_part(product + c, m) * own;
+      const Vec x = load_part(g + c, m), own = decay_of(x);
+      const Vec p = (i == 0 ? set1(chunk.scale) : load_part(product + c, m)) * own;
+      largest_log = vmax(x, largest_log);
+      store_part(total + c, i == 0 ? x : load_part(total + c, m) + x, m);
+      store_part(alpha + i * dk + c, own, m);
       store_part(product + c, p, m);
       for (int h = 0; h < group; ++h) {
         __builtin_prefetch(q + chunk.q_stride + h * dk + c);
-        store_part(scaled + h * dk + c, load_part(q + h * dk + c, m) * (p * set1(chunk.scale)), m);
+        store_part(scaled + h * dk + c, load_part(q + h * dk + c, m) * p, m);
       }
     });
-    float* a = record + shape.a() + int64_t{i} * group * kGlaChunk;
-    for (int h = 0; h < group; h += kHeads) {
-      const int heads = group - h < kHeads ? group - h : kHeads;
-      const auto rows = h == 0 ? attention_heads<true> : attention_heads<false>;
-      rows(heads, q + h * dk, alpha + i * dk, keys, i, dk, chunk.scale, a + h * kGlaChunk);
-    }
   }
-  // The keys have decayed to the chunk's end: that is how they enter the state.
-  float* k = record + shape.k();
-  int c = 0;
-  for (; c + kLanes <= dk; c += kLanes)
-    for (int j = 0; j < kGlaChunk; j += kLanes) transpose(keys + c * kGlaChunk + j, kGlaChunk, k + j * dk + c, dk);
-  for (; c < dk; ++c)
-    for (int j = 0; j < n; ++j) k[j * dk + c] = keys[c * kGlaChunk + j];
+  // The state's decay comes from the sum of the logarithms: products of rounded decays would all err the same way.
+  // A NaN, which vmax passes over, shows in the sum.
+  if (!decays(total, dk, record + shape.decay(), record + shape.decay_rest()) || largest(largest_log) > 0) return false;
+
+  // As they are left, decayed to the chunk's end, the keys enter the state.
+  float* keys = record + shape.k();
+  for (int h = 0; h < group; h += kHeads) {
+    transpose_keys(chunk.k, chunk.k_stride, n, dk, keys);
+    attention_heads(group - h < kHeads ? group - h : kHeads, chunk, alpha, keys, h, record + shape.a());
+  }
   return true;
 }
 
 // ---- a chunk against a panel of values ---------------------------------------------------------------
 
+// Asks for the rows of the next chunk little by little, into L2: rows of neighbouring tokens lie pages apart, where no
+// hardware prefetcher follows. A piece is dk floats of a row.
+class Ahead {
+ public:
+  Ahead(const GlaChunk& c, int slots) : c_(c), values_((static_cast<int>(c.width) + c.shape.dk - 1) / c.shape.dk), slots_(slots) {
+    count_ = (c.shape.group * (1 + values_) + 2 + values_) * kGlaChunk;
+  }
+  // To be called `slots` times.
+  void slot() {
+    for (due_ += count_; due_ >= slots_; due_ -= slots_) ask();
+  }
+
+ private:
+  // Changes piece_: the compiler drops a function that does nothing but prefetch.
+  void ask() {
+    const int group = c_.shape.group, dk = c_.shape.dk, row = piece_ % kGlaChunk;
+    int i = piece_++ / kGlaChunk;
+    const float* at;
+    if (i < group) {
+      at = c_.q + i * dk + row * c_.q_stride;
+    } else if ((i -= group) < 2) {
+      at = (i ? c_.log_decay : c_.k) + row * c_.k_stride;
+    } else if ((i -= 2) < values_) {
+      at = c_.v + i * dk + row * c_.v_stride;
+    } else {
+      i -= values_;
+      at = c_.out + i / values_ * c_.head_stride + i % values_ * dk + row * c_.out_stride;
+    }
+    for (int c = 0; c < dk; c += 16) __builtin_prefetch(at + c, 0, 2);
+  }
+
+  const GlaChunk& c_;
+  int values_, count_, slots_, due_ = 0, piece_ = 0;
+};
+
 // The pragmas keep the sums in registers: unless the loops over them vanish, the array lives in memory.
 template <int kR, int kW>
 void output_tile(const float* q, int dk, const float* state, const float* a, int depth, const float* values,
-                 float* const* out, int width) {
+                 float* const* out, int width, Ahead& ahead) {
   Vec sums[kR][kW];
 #pragma GCC unroll 16
   for (int i = 0; i < kR; ++i)
@@ -227,10 +283,13 @@ void output_tile(const float* q, int dk, const float* state, const float* a, int
   for (int i = 0; i < kR; ++i)
 #pragma GCC unroll 2
     for (int w = 0; w < kW; ++w) __builtin_prefetch(out[i] + w * kLanes, 1);
-  for (int c = 0; c < dk; ++c) {
-    // The next tile's rows follow these; a tile long is ahead enough for them to come from L3.
-    __builtin_prefetch(q + (dk + c) * kR);
-    add(q, dk, c, state + c * kPanel);
+  for (int c = 0; c < dk;) {
+    ahead.slot();
+    for (const int end = c + 16 < dk ? c + 16 : dk; c < end; ++c) {
+      // The next tile's rows follow these.
+      __builtin_prefetch(q + (dk + c) * kR);
+      add(q, dk, c, state + c * kPanel);
+    }
   }
   for (int j = 0; j < depth; ++j) add(a, kGlaChunk, j, values + j * kPanel);
 #pragma GCC unroll 16
@@ -247,14 +306,14 @@ void output_tile(const float* q, int dk, const float* state, const float* a, int
 
 template <int kW, int kR = kRows>
 void output_rows(int rows, const float* q, int dk, const float* state, const float* a, int depth, const float* values,
-                 float* const* out, int width) {
-  if (rows == kR) return output_tile<kR, kW>(q, dk, state, a, depth, values, out, width);
-  if constexpr (kR > 1) output_rows<kW, kR - 1>(rows, q, dk, state, a, depth, values, out, width);
+                 float* const* out, int width, Ahead& ahead) {
+  if (rows == kR) return output_tile<kR, kW>(q, dk, state, a, depth, values, out, width, ahead);
+  if constexpr (kR > 1) output_rows<kW, kR - 1>(rows, q, dk, state, a, depth, values, out, width, ahead);
 }
 
-// kR channels of the state: decay, then all tokens of the chunk. Columns of k are channels.
+// kR channels of the state: decay, then all tokens of the chunk.
 template <int kR, int kW>
-void state_tile(const float* k, int dk, int tokens, const float* values, const float* hi, const float* lo, float* state) {
+void state_tile(const float* k, int tokens, const float* values, const float* hi, const float* lo, float* state) {
   Vec sums[kR][kW];
 #pragma GCC unroll 16
   for (int i = 0; i < kR; ++i)
@@ -266,7 +325,7 @@ void state_tile(const float* k, int dk, int tokens, const float* values, const f
     for (int w = 0; w < kW; ++w) b[w] = load(values + j * kPanel + w * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kR; ++i) {
-      const Vec r = set1(k[j * dk + i]);
+      const Vec r = set1(k[i * kGlaChunk + j]);
 #pragma GCC unroll 2
       for (int w = 0; w < kW; ++w) sums[i][w] = fma(r, b[w], sums[i][w]);
     }
@@ -281,46 +340,57 @@ void state_tile(const float* k, int dk, int tokens, const float* values, const f
 }
 
 template <int kW, int kR = kRows>
-void state_rows(int rows, const float* k, int dk, int tokens, const float* values, const float* hi, const float* lo,
+void state_rows(int rows, const float* k, int tokens, const float* values, const float* hi, const float* lo,
                 float* state) {
-  if (rows == kR) return state_tile<kR, kW>(k, dk, tokens, values, hi, lo, state);
-  if constexpr (kR > 1) state_rows<kW, kR - 1>(rows, k, dk, tokens, values, hi, lo, state);
+  if (rows == kR) return state_tile<kR, kW>(k, tokens, values, hi, lo, state);
+  if constexpr (kR > 1) state_rows<kW, kR - 1>(rows, k, tokens, values, hi, lo, state);
 }
 
 // Rows are cut into tiles of nearly equal height: 16 rows are 8 and 8, not 12 and 4.
+int tiles_of(int rows) { return (rows + kRows - 1) / kRows; }
+
 template <int kW>
-void panel_of(const GlaPanel& p) {
-  const GlaRecord& shape = p.shape;
-  const int dk = shape.dk, rows = p.tokens * shape.group;
-  const float* q = p.record + shape.q();
-  const float* a = p.record + shape.a();
-  for (int at = 0, left = (rows + kRows - 1) / kRows; left > 0; --left) {
+void panel_of(const GlaChunk& chunk, const float* record, int64_t column, float* state, const float* values, Ahead& ahead) {
+  const GlaRecord& shape = chunk.shape;
+  const int dk = shape.dk, group = shape.group, rows = chunk.tokens * group;
+  const int width = static_cast<int>(chunk.width - column);
+  const float* q = record + shape.q();
+  const float* a = record + shape.a();
+  for (int at = 0, left = tiles_of(rows); left > 0; --left) {
     const int take = (rows - at + left - 1) / left;
     float* out[kRows];
     for (int i = 0; i < take; ++i)
-      out[i] = p.out + (at + i) / shape.group * p.out_stride + (at + i) % shape.group * p.head_stride;
-    const int depth = (at + take - 1) / shape.group + 1;
-    output_rows<kW>(take, q + int64_t{at} * dk, dk, p.state, a + at * kGlaChunk, depth, p.values, out, p.width);
+      out[i] = chunk.out + (at + i) / group * chunk.out_stride + (at + i) % group * chunk.head_stride + column;
+    const int depth = (at + take - 1) / group + 1;
+    output_rows<kW>(take, q + int64_t{at} * dk, dk, state, a + at * kGlaChunk, depth, values, out, width, ahead);
     at += take;
   }
-  const float* k = p.record + shape.k();
-  for (int at = 0, left = (dk + kRows - 1) / kRows; left > 0; --left) {
+  const float* k = record + shape.k();
+  for (int at = 0, left = tiles_of(dk); left > 0; --left) {
     const int take = (dk - at + left - 1) / left;
-    state_rows<kW>(take, k + at, dk, p.tokens, p.values, p.record + shape.decay() + at,
-                   p.record + shape.decay_rest() + at, p.state + int64_t{at} * kPanel);
+    ahead.slot();
+    state_rows<kW>(take, k + at * kGlaChunk, chunk.tokens, values, record + shape.decay() + at, record + shape.decay_rest() + at,
+                   state + int64_t{at} * kPanel);
     at += take;
   }
 }
 
-void panel_chunk(const GlaPanel& p) {
-  for (int j = 0; j < p.tokens; ++j)
-    for (int w = 0; w < kWide; ++w) {
-      const int left = p.width - w * kLanes;
-      const float* from = p.v + j * p.v_stride + w * kLanes;
-      store(p.values + j * kPanel + w * kLanes, left >= kLanes ? load(from) : left > 0 ? load_part(from, left) : zero());
-    }
-  if (p.width > kLanes) return panel_of<kWide>(p);
-  panel_of<1>(p);
+void use(const GlaChunk& chunk, const float* record, const GlaChunk& next, float* state, float* values) {
+  const int dk = chunk.shape.dk, panels = static_cast<int>((chunk.width + kPanel - 1) / kPanel);
+  Ahead ahead(next, panels * (tiles_of(chunk.tokens * chunk.shape.group) * ((dk + 15) / 16) + tiles_of(dk)));
+  for (int64_t column = 0; column < chunk.width; column += kPanel, state += dk * kPanel) {
+    const int width = static_cast<int>(chunk.width - column);
+    for (int j = 0; j < chunk.tokens; ++j)
+      for (int w = 0; w < kWide; ++w) {
+        const int left = width - w * kLanes;
+        const float* from = chunk.v + j * chunk.v_stride + column + w * kLanes;
+        store(values + j * kPanel + w * kLanes, left >= kLanes ? load(from) : left > 0 ? load_part(from, left) : zero());
+      }
+    if (width > kLanes)
+      panel_of<kWide>(chunk, record, column, state, values, ahead);
+    else
+      panel_of<1>(chunk, record, column, state, values, ahead);
+  }
 }
 
 // ---- token by token ---------------------------------------------------------------------------------
@@ -414,4 +484,4 @@ void step(const GlaStep& t) {
     step_columns<1, true>(t, column, left);
 }
 
-inline constexpr GlaOps kOps = {kPanel, decays, prepare, panel_chunk, step};
+inline constexpr GlaOps kOps = {kPanel, decays, prepare, use, step};

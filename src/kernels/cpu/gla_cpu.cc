@@ -17,17 +17,6 @@ constexpr int64_t kWantedPieces = 16;
 constexpr int64_t kMostRuns = 64;
 // Value columns that a cut-off piece of a step has at least: two cache lines of each state row.
 constexpr int64_t kStepColumns = 32;
-// Prepared query rows of one sequence and KV head, which the panels read one after the other: half of a 1 MB L2.
-// Longer segments load and store the state less often, but not beyond so many tokens.
-constexpr int64_t kSegmentBytes = 512 << 10;
-constexpr int64_t kSegmentTokens = 512;
-// Tokens of all sequences prepared together: enough chunks for every core, little enough to stay in L3.
-constexpr int64_t kWaveTokens = 512;
-
-int64_t segment_tokens(int group, int dk) {
-  const int64_t chunks = kSegmentBytes / (int64_t{4} * kGlaChunk * group * dk);
-  return std::clamp<int64_t>(chunks, 1, kSegmentTokens / kGlaChunk) * kGlaChunk;
-}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -127,122 +116,114 @@ class Steps {
   int64_t decay_floats_;
 };
 
-// A part of one sequence: a whole number of chunks, but for the sequence's last.
-struct Segment {
-  int64_t sequence = 0;
-  int64_t first = 0, tokens = 0;
-  int64_t chunk = 0;  // index of its first chunk among the wave's
-};
-
-int64_t chunks_of(int64_t tokens) { return ceil_div(tokens, kGlaChunk); }
-
-struct Wave {
-  std::vector<Segment> segments;
-  std::vector<int64_t> owner;  // [chunks] the segment of each
-};
-
-// One segment of as many unfinished sequences as make a wave, in order.
-Wave next_wave(std::span<const GlaSequence> seqs, int64_t segment, std::vector<int64_t>& done) {
-  Wave wave;
-  int64_t tokens = 0;
-  for (size_t i = 0; i < seqs.size() && tokens < kWaveTokens; ++i) {
-    if (is_step(seqs[i]) || done[i] == seqs[i].tokens) continue;
-    const int64_t take = std::min(segment, seqs[i].tokens - done[i]);
-    wave.segments.push_back({static_cast<int64_t>(i), done[i], take, static_cast<int64_t>(wave.owner.size())});
-    wave.owner.resize(wave.owner.size() + static_cast<size_t>(chunks_of(take)),
-                      static_cast<int64_t>(wave.segments.size()) - 1);
-    done[i] += take;
-    tokens += take;
-  }
-  return wave;
-}
-
+// The sequences of a call that go in chunks. A piece of work is one sequence, one KV head and some columns of its
+// state: what a thread prepares it uses up at once, and the state stays with it from the first token to the last.
 class Chunked {
  public:
   Chunked(Context& ctx, const GlaOps& ops, const GlaShape& shape, std::span<const GlaSequence> seqs)
       : ctx_(ctx), ops_(ops), shape_(shape), seqs_(seqs) {
+    for (size_t i = 0; i < seqs.size(); ++i)
+      if (!is_step(seqs[i])) chunked_.push_back(i);
     record_.group = shape.query_heads / shape.kv_heads;
     record_.dk = shape.key_dim;
   }
 
   void run() {
-    std::vector<int64_t> done(seqs_.size(), 0);
-    const int64_t segment = segment_tokens(record_.group, record_.dk);
-    const int64_t work = std::max(record_.workspace(), panel_floats());
-    for (;;) {
-      const Wave wave = next_wave(seqs_, segment, done);
-      if (wave.segments.empty()) return;
-      const int64_t heads = shape_.kv_heads, chunks = static_cast<int64_t>(wave.owner.size());
-      records_ = ctx_.workspace<float>(ctx_.shared_slot(), static_cast<size_t>(chunks * heads * record_.size()));
-      for (int t = 0; t < ctx_.pool.size(); ++t) ctx_.workspace<float>(t, static_cast<size_t>(work));
-      ctx_.pool.parallel_for(chunks * heads, [&](int64_t index, int thread) {
-        prepare(wave, index / heads, index % heads, ctx_.workspace<float>(thread, static_cast<size_t>(work)));
-      });
-      const int64_t panels = ceil_div(shape_.value_dim, ops_.panel);
-      ctx_.pool.parallel_for(static_cast<int64_t>(wave.segments.size()) * heads * panels, [&](int64_t index, int thread) {
-        run_panel(wave.segments[static_cast<size_t>(index / (heads * panels))], index / panels % heads,
-                  index % panels * ops_.panel, ctx_.workspace<float>(thread, static_cast<size_t>(work)));
-      });
-    }
+    // Columns of a state do not touch each other, so that cutting them changes no bit. Each cut prepares the chunks
+    // again: only where heads alone would not keep the threads evenly busy.
+    const int64_t panels = ceil_div(shape_.value_dim, ops_.panel), threads = ctx_.pool.size();
+    const int64_t heads = static_cast<int64_t>(chunked_.size()) * shape_.kv_heads;
+    int64_t cuts = 1;
+    while (cuts < panels && heads * cuts % threads != 0 && heads * cuts < 4 * threads) cuts *= 2;
+    columns_ = ceil_div(panels, cuts) * ops_.panel;
+    cuts_ = ceil_div(shape_.value_dim, columns_);
+    pieces_ = heads * cuts_;
+    for (int t = 0; t < threads; ++t) workspace(t);
+    const auto body = [&](int64_t index, int thread) { run_piece(index, workspace(thread)); };
+    ctx_.pool.parallel_runs(pieces_, std::ref(body));
   }
 
  private:
-  int64_t panel_floats() const { return int64_t{shape_.key_dim + kGlaChunk} * ops_.panel; }
-  float* record(int64_t chunk, int64_t head) const { return records_ + (chunk * shape_.kv_heads + head) * record_.size(); }
+  struct Piece {
+    size_t sequence = 0;
+    int64_t head = 0, first = 0, width = 0;  // value columns [first, first + width)
+  };
 
-  void prepare(const Wave& wave, int64_t index, int64_t head, float* workspace) {
-    const Segment& segment = wave.segments[static_cast<size_t>(wave.owner[static_cast<size_t>(index)])];
-    const GlaSequence& s = seqs_[static_cast<size_t>(segment.sequence)];
-    const int64_t dk = shape_.key_dim, qs = shape_.query_heads * dk, ks = shape_.kv_heads * dk;
-    const int64_t first = segment.first + (index - segment.chunk) * kGlaChunk;
-    GlaChunk c;
-    c.q = s.q + first * qs + head * record_.group * dk;
-    c.k = s.k + first * ks + head * dk;
-    c.log_decay = s.log_decay + first * ks + head * dk;
-    c.q_stride = qs;
-    c.k_stride = ks;
-    c.tokens = static_cast<int>(std::min<int64_t>(kGlaChunk, segment.first + segment.tokens - first));
-    c.scale = shape_.scale;
-    c.shape = record_;
-    if (!ops_.prepare(c, record(index, head), workspace))
-      refuse_decay(shape_, s, segment.sequence, first, c.tokens, static_cast<int>(head));
+  Piece piece(int64_t index) const {
+    Piece p;
+    p.sequence = chunked_[static_cast<size_t>(index / (shape_.kv_heads * cuts_))];
+    p.head = index / cuts_ % shape_.kv_heads;
+    p.first = index % cuts_ * columns_;
+    p.width = std::min(columns_, shape_.value_dim - p.first);
+    return p;
   }
 
-  // All chunks of a segment against columns [first, first + panel) of one head's state, which stay in L1.
-  void run_panel(const Segment& segment, int64_t head, int64_t first, float* workspace) {
-    const GlaSequence& s = seqs_[static_cast<size_t>(segment.sequence)];
-    const int64_t dk = shape_.key_dim, dv = shape_.value_dim, vs = shape_.kv_heads * dv, os = shape_.query_heads * dv;
-    const int64_t width = std::min<int64_t>(ops_.panel, dv - first);
-    float* state = s.state + head * dk * dv + first;
-    GlaPanel p;
-    p.shape = record_;
-    p.v_stride = vs;
-    p.out_stride = os;
-    p.head_stride = dv;
-    p.width = static_cast<int>(width);
-    p.state = workspace;
-    p.values = workspace + dk * ops_.panel;
-    for (int64_t c = 0; c < dk; ++c) {
-      std::copy_n(state + c * dv, width, p.state + c * ops_.panel);
-      std::fill(p.state + c * ops_.panel + width, p.state + (c + 1) * ops_.panel, 0.0f);
+  GlaChunk chunk_of(const Piece& p, int64_t token) const {
+    const GlaSequence& s = seqs_[p.sequence];
+    const int64_t dk = shape_.key_dim, dv = shape_.value_dim, heads = shape_.kv_heads;
+    GlaChunk c;
+    c.q_stride = shape_.query_heads * dk;
+    c.k_stride = heads * dk;
+    c.v_stride = heads * dv;
+    c.out_stride = shape_.query_heads * dv;
+    c.head_stride = dv;
+    c.q = s.q + token * c.q_stride + p.head * record_.group * dk;
+    c.k = s.k + token * c.k_stride + p.head * dk;
+    c.log_decay = s.log_decay + token * c.k_stride + p.head * dk;
+    c.v = s.v + token * c.v_stride + p.head * dv + p.first;
+    c.out = s.out + token * c.out_stride + p.head * record_.group * dv + p.first;
+    c.width = p.width;
+    c.tokens = static_cast<int>(std::min<int64_t>(kGlaChunk, s.tokens - token));
+    c.scale = shape_.scale;
+    c.shape = record_;
+    return c;
+  }
+
+  int64_t state_floats() const { return floats(shape_.key_dim * columns_); }
+  // A piece's state, a prepared chunk, and room for what the bodies need.
+  float* workspace(int thread) {
+    const int64_t body = std::max(record_.workspace(), int64_t{kGlaChunk} * ops_.panel);
+    return ctx_.workspace<float>(thread, static_cast<size_t>(state_floats() + record_.size() + body));
+  }
+
+  void run_piece(int64_t index, float* state) {
+    const Piece p = piece(index);
+    const GlaSequence& s = seqs_[p.sequence];
+    const int64_t dk = shape_.key_dim, dv = shape_.value_dim, panel = ops_.panel;
+    float* record = state + state_floats();
+    float* room = record + record_.size();
+    float* from = s.state + p.head * dk * dv + p.first;
+    for (int64_t c = 0; c < dk; ++c)
+      for (int64_t column = 0; column < p.width; column += panel) {
+        float* to = state + column * dk + c * panel;
+        const int64_t width = std::min(panel, p.width - column);
+        std::copy_n(from + c * dv + column, width, to);
+        std::fill(to + width, to + panel, 0.0f);
+      }
+
+    GlaChunk chunk = chunk_of(p, 0), next = chunk;
+    for (int64_t token = 0; token < s.tokens; token += kGlaChunk, chunk = next) {
+      if (token + kGlaChunk < s.tokens)
+        next = chunk_of(p, token + kGlaChunk);
+      else if (index + 1 < pieces_)
+        next = chunk_of(piece(index + 1), 0);
+      if (!ops_.prepare(chunk, record, room))
+        refuse_decay(shape_, s, static_cast<int64_t>(p.sequence), token, chunk.tokens, static_cast<int>(p.head));
+      ops_.use(chunk, record, next, state, room);
     }
-    for (int64_t i = 0; i < chunks_of(segment.tokens); ++i) {
-      const int64_t token = segment.first + i * kGlaChunk;
-      p.record = record(segment.chunk + i, head);
-      p.tokens = static_cast<int>(std::min<int64_t>(kGlaChunk, segment.first + segment.tokens - token));
-      p.v = s.v + token * vs + head * dv + first;
-      p.out = s.out + token * os + head * record_.group * dv + first;
-      ops_.panel_chunk(p);
-    }
-    for (int64_t c = 0; c < dk; ++c) std::copy_n(p.state + c * ops_.panel, width, state + c * dv);
+
+    for (int64_t c = 0; c < dk; ++c)
+      for (int64_t column = 0; column < p.width; column += panel)
+        std::copy_n(state + column * dk + c * panel, std::min(panel, p.width - column), from + c * dv + column);
   }
 
   Context& ctx_;
   const GlaOps& ops_;
   const GlaShape& shape_;
   std::span<const GlaSequence> seqs_;
+  std::vector<size_t> chunked_;  // the sequences' indices
   GlaRecord record_;
-  float* records_ = nullptr;
+  int64_t columns_ = 0, cuts_ = 0, pieces_ = 0;
 };
 
 }  // namespace

@@ -24,12 +24,12 @@ struct GlaRecord {
   int group = 1, dk = 0;
   int64_t q() const { return 0; }                                                      // [16 * group, dk], token-major
   int64_t a() const { return round_up(int64_t{kGlaChunk} * group * dk); }              // [16 * group, 16]
-  int64_t k() const { return a() + int64_t{kGlaChunk} * group * kGlaChunk; }           // [16, dk]
+  int64_t k() const { return a() + int64_t{kGlaChunk} * group * kGlaChunk; }           // [dk, 16]
   int64_t decay() const { return k() + round_up(int64_t{kGlaChunk} * dk); }            // [dk], and what f32 drops of it
   int64_t decay_rest() const { return decay() + round_up(dk); }                        // [dk]
   int64_t size() const { return decay_rest() + round_up(dk); }
-  // Room for alpha [16, dk], keys [dk, 16] and a running product [dk].
-  int64_t workspace() const { return 2 * round_up(int64_t{kGlaChunk} * dk) + round_up(dk); }
+  // Room for alpha [16, dk], a running sum and a running product [dk].
+  int64_t workspace() const { return round_up(int64_t{kGlaChunk} * dk) + 2 * round_up(dk); }
   static int64_t round_up(int64_t x) { return (x + 15) / 16 * 16; }
 };
 
@@ -38,23 +38,13 @@ struct GlaChunk {
   const float* q = nullptr;  // [tokens] rows q_stride apart; heads of the group dk apart
   const float* k = nullptr;  // [tokens, dk] rows k_stride apart
   const float* log_decay = nullptr;  // as k
-  int64_t q_stride = 0, k_stride = 0;
+  const float* v = nullptr;          // [tokens] rows v_stride apart
+  float* out = nullptr;       // [tokens] rows out_stride apart; heads of the group head_stride apart
+  int64_t q_stride = 0, k_stride = 0, v_stride = 0, out_stride = 0, head_stride = 0;
   int tokens = 0;            // 1 … kGlaChunk
+  int64_t width = 0;         // value columns
   float scale = 0;
   GlaRecord shape;
-};
-
-// One prepared chunk against one panel of value columns.
-struct GlaPanel {
-  const float* record = nullptr;
-  GlaRecord shape;
-  int tokens = 0;
-  const float* v = nullptr;  // first column of the panel, rows v_stride apart
-  float* out = nullptr;      // first query head's first column; tokens out_stride apart, heads head_stride apart
-  int64_t v_stride = 0, out_stride = 0, head_stride = 0;
-  int width = 0;             // columns of the panel, 1 … GlaOps::panel
-  float* state = nullptr;    // [dk, panel], 64-byte aligned, zero beyond width; read and updated
-  float* values = nullptr;   // room for [kGlaChunk, panel]
 };
 
 // A few tokens of one KV head, token by token, over value columns [0, width).
@@ -83,7 +73,9 @@ struct GlaOps {
   bool (*decays)(const float* x, int64_t n, float* decay, float* rest);
   // Fills the chunk's record. False if a log decay is not <= 0.
   bool (*prepare)(const GlaChunk& chunk, float* record, float* workspace);
-  void (*panel_chunk)(const GlaPanel& panel);
+  // Outputs and state of a prepared chunk. state: [width / panel, dk, panel], 64-byte aligned, zero beyond width.
+  // values: room for [kGlaChunk, panel]. The rows of `next` are asked for meanwhile.
+  void (*use)(const GlaChunk& chunk, const float* record, const GlaChunk& next, float* state, float* values);
   void (*step)(const GlaStep& step);
 };
 
