@@ -55,20 +55,19 @@ bool decays(const float* x, int64_t n, float* decay, float* rest) {
 
 // ---- preparing a chunk ----------------------------------------------------------------------------
 
-// kEntering[kGlaChunk - i + j]: 0 for tokens j before i, which decay when token i comes; 1 from i on.
-alignas(64) constexpr float kEntering[2 * kGlaChunk] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-                                                        1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
-// The lanes of a vector of keys that decay when a token comes.
+// The lanes of a vector of keys that decay when a token comes: those of the n tokens before it.
 #if defined(__AVX512F__)
 using Lanes = __mmask16;
-inline Lanes lanes_below(int n) { return n < kLanes ? n <= 0 ? 0 : first(n) : 0xffff; }
+inline Lanes lanes_before(int n) { return first(n); }
 inline Vec decayed(Vec key, float alpha, Lanes which) {
   return {_mm512_mask_mul_ps(key.v, which, key.v, _mm512_set1_ps(alpha))};
 }
 #else
+// Factors that a decay is no smaller than.
 using Lanes = Vec;
-inline Lanes lanes_below(int n) { return load(kEntering + kGlaChunk - (n < 0 ? 0 : n < kLanes ? n : kLanes)); }
+alignas(64) constexpr float kEntering[2 * kGlaChunk] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                                        1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+inline Lanes lanes_before(int n) { return load(kEntering + kGlaChunk - n); }
 inline Vec decayed(Vec key, float alpha, Lanes entering) { return key * vmax(set1(alpha), entering); }
 #endif
 
@@ -86,7 +85,7 @@ __attribute__((noinline)) void attention_tile(const GlaChunk& chunk, const float
   for (int t = 0; t < kT; ++t)
 #pragma GCC unroll 16
     for (int v = 0; v < kV; ++v) {
-      which[t][v] = lanes_below(i + t - v * kLanes);
+      which[t][v] = lanes_before(i + t - v * kLanes);
 #pragma GCC unroll 8
       for (int h = 0; h < kR; ++h) sums[t][h][v] = zero();
     }
@@ -135,7 +134,7 @@ __attribute__((noinline)) void attention_tile(const GlaChunk& chunk, const float
 // Query heads that share a pass over the keys: their sums and the keys fit the registers.
 inline constexpr int kHeads = kLanes == 16 ? 8 : kLanes == 8 ? 4 : 2;
 // Tokens that do: eight or so chains of dependent multiply-adds cover the latency.
-constexpr int tokens_of_tile(int sums) { return sums <= (kLanes == 16 ? 4 : 2) ? 4 : sums <= (kLanes == 16 ? 8 : 4) ? 2 : 1; }
+constexpr int tokens_of_tile(int sums) { return sums <= kHeads / 2 ? 4 : sums <= kHeads ? 2 : 1; }
 
 // Over as many vectors of keys as the tokens see. Returns the number of tokens done.
 template <int kR, int kV = kKeyVecs>
@@ -170,44 +169,60 @@ void transpose_keys(const float* k, int64_t stride, int tokens, int dk, float* k
     for (int j = 0; j < kGlaChunk; ++j) keys[c * kGlaChunk + j] = j < tokens ? k[j * stride + c] : 0.0f;
 }
 
-// Calls each(c, lanes) for the vectors of a row of n.
-template <class Each>
-inline void for_vectors(int n, Each each) {
-  int c = 0;
-  for (; c + kLanes <= n; c += kLanes) each(c, kLanes);
-  if (c < n) each(c, n - c);
+// Vectors of a row that are prepared together: their sums and products stay in registers from token to token.
+inline constexpr int kWideRows = kLanes == 16 ? 4 : 2;
+
+// Channels [c, c + kN vectors) of all tokens: decays to alpha, queries as they meet the state to the record, the sum of
+// the log decays to total. `last` channels of the last vector count. Raises `largest_log`.
+template <int kN>
+void decay_channels(const GlaChunk& chunk, float* record, int c, int last, float* alpha, float* total, Vec* largest_log) {
+  const int dk = chunk.shape.dk, group = chunk.shape.group, tokens = chunk.tokens;
+  const int64_t q_stride = chunk.q_stride, k_stride = chunk.k_stride;
+  const float* q = chunk.q + c;
+  const float* g = chunk.log_decay + c;
+  float* scaled = record + chunk.shape.q() + c;
+  const auto lanes = [last](int u) { return u == kN - 1 ? last : kLanes; };
+  Vec sum[kN], product[kN], most = *largest_log;
+#pragma GCC unroll 4
+  for (int u = 0; u < kN; ++u) {
+    sum[u] = zero();
+    product[u] = set1(chunk.scale);
+  }
+  for (int i = 0; i < tokens; ++i) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kN; ++u) {
+      const Vec x = load_part(g + u * kLanes, lanes(u)), own = decay_of(x);
+      most = vmax(x, most);
+      sum[u] = sum[u] + x;
+      product[u] = product[u] * own;
+      store_part(alpha + c + u * kLanes, own, lanes(u));
+    }
+    for (int h = 0; h < group; ++h) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kN; ++u)
+        store_part(scaled + u * kLanes, load_part(q + h * dk + u * kLanes, lanes(u)) * product[u], lanes(u));
+      scaled += dk;
+    }
+    g += k_stride;
+    q += q_stride;
+    alpha += dk;
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < kN; ++u) store_part(total + c + u * kLanes, sum[u], lanes(u));
+  *largest_log = most;
 }
 
 bool prepare(const GlaChunk& chunk, float* record, float* workspace) {
   const GlaRecord& shape = chunk.shape;
-  const int n = chunk.tokens, dk = shape.dk, group = shape.group;
+  const int dk = shape.dk, group = shape.group;
   float* alpha = workspace;
   float* total = alpha + GlaRecord::round_up(int64_t{kGlaChunk} * dk);
-  float* product = total + GlaRecord::round_up(dk);
-  // Rows of neighbouring tokens are pages apart, where no hardware prefetcher follows.
-  for (int i = 0; i < n; ++i)
-    for (int c = 0; c < dk; c += 16) {
-      __builtin_prefetch(chunk.log_decay + i * chunk.k_stride + c);
-      __builtin_prefetch(chunk.k + i * chunk.k_stride + c);
-    }
   Vec largest_log = set1(-1.0f);
-  for (int i = 0; i < n; ++i) {
-    const float* g = chunk.log_decay + i * chunk.k_stride;
-    const float* q = chunk.q + i * chunk.q_stride;
-    float* scaled = record + shape.q() + int64_t{i} * group * dk;
-    for_vectors(dk, [&](int c, int m) {
-      const Vec x = load_part(g + c, m), own = decay_of(x);
-      const Vec p = (i == 0 ? set1(chunk.scale) : load_part(product + c, m)) * own;
-      largest_log = vmax(x, largest_log);
-      store_part(total + c, i == 0 ? x : load_part(total + c, m) + x, m);
-      store_part(alpha + i * dk + c, own, m);
-      store_part(product + c, p, m);
-      for (int h = 0; h < group; ++h) {
-        __builtin_prefetch(q + chunk.q_stride + h * dk + c);
-        store_part(scaled + h * dk + c, load_part(q + h * dk + c, m) * p, m);
-      }
-    });
-  }
+  int c = 0;
+  for (; c + kWideRows * kLanes <= dk; c += kWideRows * kLanes)
+    decay_channels<kWideRows>(chunk, record, c, kLanes, alpha, total, &largest_log);
+  for (; c < dk; c += kLanes)
+    decay_channels<1>(chunk, record, c, dk - c < kLanes ? dk - c : kLanes, alpha, total, &largest_log);
   // The state's decay comes from the sum of the logarithms: products of rounded decays would all err the same way.
   // A NaN, which vmax passes over, shows in the sum.
   if (!decays(total, dk, record + shape.decay(), record + shape.decay_rest()) || largest(largest_log) > 0) return false;
@@ -215,7 +230,7 @@ bool prepare(const GlaChunk& chunk, float* record, float* workspace) {
   // As they are left, decayed to the chunk's end, the keys enter the state.
   float* keys = record + shape.k();
   for (int h = 0; h < group; h += kHeads) {
-    transpose_keys(chunk.k, chunk.k_stride, n, dk, keys);
+    transpose_keys(chunk.k, chunk.k_stride, chunk.tokens, dk, keys);
     attention_heads(group - h < kHeads ? group - h : kHeads, chunk, alpha, keys, h, record + shape.a());
   }
   return true;
@@ -223,7 +238,7 @@ bool prepare(const GlaChunk& chunk, float* record, float* workspace) {
 
 // ---- a chunk against a panel of values ---------------------------------------------------------------
 
-// Asks for the rows of the next chunk little by little, into L2: rows of neighbouring tokens lie pages apart, where no
+// Asks for the rows of the next chunk little by little: rows of neighbouring tokens lie pages apart, where no
 // hardware prefetcher follows. A piece is dk floats of a row.
 class Ahead {
  public:
@@ -251,7 +266,7 @@ class Ahead {
       i -= values_;
       at = c_.out + i / values_ * c_.head_stride + i % values_ * dk + row * c_.out_stride;
     }
-    for (int c = 0; c < dk; c += 16) __builtin_prefetch(at + c, 0, 2);
+    for (int c = 0; c < dk; c += 16) __builtin_prefetch(at + c);
   }
 
   const GlaChunk& c_;
