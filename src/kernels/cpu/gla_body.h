@@ -442,7 +442,9 @@ void step_heads(const GlaStep& t, int token, int head, int64_t column, int last)
 #pragma GCC unroll 2
     for (int w = 0; w < kW; ++w) sums[h][w] = zero();
   float* row = t.state + column;
-  const float* next = kUpdate && token == 0 && t.next ? t.next + column * dk : nullptr;
+  // Each token asks for its share of the next state's panel.
+  const int64_t share = kW * kLanes / t.tokens;
+  const float* next = kUpdate && t.next ? t.next + column * dk + token * share * dk : nullptr;
   for (int64_t c = 0; c < dk; ++c, row += stride) {
     Vec s[kW];
 #pragma GCC unroll 2
@@ -450,7 +452,8 @@ void step_heads(const GlaStep& t, int token, int head, int64_t column, int last)
     if (kUpdate) {
       for (int line = 0; line < kW * kLanes; line += 16) __builtin_prefetch(row + kStepAhead * stride + line, 1);
       if (next)
-        for (int line = 0; line < kW * kLanes; line += 16) __builtin_prefetch(next + c * (kW * kLanes) + line, 0, 2);
+        for (int line = 0; line < kW * kLanes; line += 16)
+          if (line < share) __builtin_prefetch(next + c * share + line, 0, 2);
       const Vec h = set1(hi[c]), l = set1(lo[c]), kv = set1(k[c]);
 #pragma GCC unroll 2
       for (int w = 0; w < kW; ++w) s[w] = fma(s[w], h, fma(s[w], l, kv * value[w]));
@@ -478,8 +481,16 @@ void step_any(const GlaStep& t, int token, int head, int heads, int64_t column, 
   if constexpr (kH > 1) step_any<kW, kPart, kUpdate, kH - 1>(t, token, head, heads, column, last);
 }
 
+// Rows of the next head, a panel's share of them.
+__attribute__((always_inline)) inline void ask_rows(const GlaStep& t, int64_t column) {
+  for (const GlaStep::Rows& rows : t.next_rows)
+    for (int64_t i = rows.floats * column / t.width, end = rows.floats * (column + kPanel) / t.width; i < end; i += 16)
+      __builtin_prefetch(rows.at + i, 0, 2);
+}
+
 template <int kW, bool kPart>
 void step_columns(const GlaStep& t, int64_t column, int last) {
+  ask_rows(t, column);
   for (int token = 0; token < t.tokens; ++token)
     for (int head = 0; head < t.group; head += kHeads) {
       const int heads = t.group - head < kHeads ? t.group - head : kHeads;

@@ -68,12 +68,18 @@ class Steps {
   }
 
  private:
-  // The state that follows head `head` of sequence `index` in a run.
-  const float* after(int64_t index, int64_t head) const {
-    if (head + 1 < shape_.kv_heads)
-      return seqs_[static_cast<size_t>(index)].state + (head + 1) * shape_.key_dim * shape_.value_dim;
-    const GlaSequence& s = seqs_[static_cast<size_t>(index + 1)];
-    return s.tokens > 0 && is_step(s) ? s.state : nullptr;
+  // What follows head `head` of sequence `index` in a run.
+  void ask_after(GlaStep& step, int64_t index, int64_t head) const {
+    if (++head == shape_.kv_heads) head = 0, ++index;
+    const GlaSequence& s = seqs_[static_cast<size_t>(index)];
+    if (s.tokens == 0 || !is_step(s)) return;
+    const int64_t dk = shape_.key_dim, dv = shape_.value_dim, group = shape_.query_heads / shape_.kv_heads;
+    step.next = s.state + head * dk * dv;
+    step.next_rows[0] = {s.log_decay + head * dk, dk};
+    step.next_rows[1] = {s.k + head * dk, dk};
+    step.next_rows[2] = {s.v + head * dv, dv};
+    step.next_rows[3] = {s.q + head * group * dk, group * dk};
+    step.next_rows[4] = {s.out + head * group * dv, group * dv};
   }
 
   void step(int64_t index, int64_t head, int64_t first, int64_t width, bool more, int thread) {
@@ -105,7 +111,7 @@ class Steps {
     step.width = width;
     step.state = s.state + head * dk * dv + first;
     step.state_stride = dv;
-    step.next = more ? after(index, head) : nullptr;
+    if (more) ask_after(step, index, head);
     ops_.step(step);
   }
 

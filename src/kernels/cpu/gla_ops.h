@@ -61,9 +61,14 @@ struct GlaStep {
   int64_t width = 0;
   float* state = nullptr;  // rows state_stride apart, updated in place
   int64_t state_stride = 0;
-  // As much memory as this state's columns take, which will be read next (null: unknown): asked for evenly while
-  // this state is worked through.
+  // As much memory as this state's columns take, which will be read next (null: unknown), and the rows of its first
+  // token: asked for evenly while this state is worked through.
   const float* next = nullptr;
+  struct Rows {
+    const float* at = nullptr;
+    int64_t floats = 0;
+  };
+  Rows next_rows[5];
 };
 
 struct GlaOps {
