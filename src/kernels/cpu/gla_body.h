@@ -74,7 +74,8 @@ inline Vec decayed(Vec key, float alpha, Lanes entering) { return key * vmax(set
 // Rows of A for kT tokens from i on and kR query heads, over kV vectors of keys. The keys decay in place as the
 // tokens come.
 template <int kT, int kR, int kV>
-__attribute__((noinline)) void attention_tile(const GlaChunk& chunk, const float* alpha, float* keys, int i, int head, float* a) {
+__attribute__((noinline)) void attention_tile(const GlaChunk& chunk, const float* alpha, float* keys, int i, int head,
+                                              float* a) {
   const int dk = chunk.shape.dk, group = chunk.shape.group;
   const int64_t stride = chunk.q_stride, step = dk;
   const float* q = chunk.q + i * stride + int64_t{head} * dk;
@@ -170,12 +171,13 @@ void transpose_keys(const float* k, int64_t stride, int tokens, int dk, float* k
 }
 
 // Vectors of a row that are prepared together: their sums and products stay in registers from token to token.
-inline constexpr int kWideRows = kLanes == 16 ? 4 : 2;
+inline constexpr int kDecayVecs = kLanes == 16 ? 4 : 2;
 
 // Channels [c, c + kN vectors) of all tokens: decays to alpha, queries as they meet the state to the record, the sum of
 // the log decays to total. `last` channels of the last vector count. Raises `largest_log`.
 template <int kN>
-void decay_channels(const GlaChunk& chunk, float* record, int c, int last, float* alpha, float* total, Vec* largest_log) {
+void decay_channels(const GlaChunk& chunk, float* record, int c, int last, float* alpha, float* total,
+                    Vec* largest_log) {
   const int dk = chunk.shape.dk, group = chunk.shape.group, tokens = chunk.tokens;
   const int64_t q_stride = chunk.q_stride, k_stride = chunk.k_stride;
   const float* q = chunk.q + c;
@@ -219,8 +221,8 @@ bool prepare(const GlaChunk& chunk, float* record, float* workspace) {
   float* total = alpha + GlaRecord::round_up(int64_t{kGlaChunk} * dk);
   Vec largest_log = set1(-1.0f);
   int c = 0;
-  for (; c + kWideRows * kLanes <= dk; c += kWideRows * kLanes)
-    decay_channels<kWideRows>(chunk, record, c, kLanes, alpha, total, &largest_log);
+  for (; c + kDecayVecs * kLanes <= dk; c += kDecayVecs * kLanes)
+    decay_channels<kDecayVecs>(chunk, record, c, kLanes, alpha, total, &largest_log);
   for (; c < dk; c += kLanes)
     decay_channels<1>(chunk, record, c, dk - c < kLanes ? dk - c : kLanes, alpha, total, &largest_log);
   // The state's decay comes from the sum of the logarithms: products of rounded decays would all err the same way.
@@ -242,8 +244,9 @@ bool prepare(const GlaChunk& chunk, float* record, float* workspace) {
 // hardware prefetcher follows. A piece is dk floats of a row.
 class Ahead {
  public:
-  Ahead(const GlaChunk& c, int slots) : c_(c), values_((static_cast<int>(c.width) + c.shape.dk - 1) / c.shape.dk), slots_(slots) {
-    count_ = (c.shape.group * (1 + values_) + 2 + values_) * kGlaChunk;
+  Ahead(const GlaChunk& c, int slots)
+      : c_(c), value_pieces_((static_cast<int>(c.width) + c.shape.dk - 1) / c.shape.dk), slots_(slots) {
+    count_ = (c.shape.group * (1 + value_pieces_) + 2 + value_pieces_) * kGlaChunk;
   }
   // To be called `slots` times.
   void slot() {
@@ -260,17 +263,17 @@ class Ahead {
       at = c_.q + i * dk + row * c_.q_stride;
     } else if ((i -= group) < 2) {
       at = (i ? c_.log_decay : c_.k) + row * c_.k_stride;
-    } else if ((i -= 2) < values_) {
+    } else if ((i -= 2) < value_pieces_) {
       at = c_.v + i * dk + row * c_.v_stride;
     } else {
-      i -= values_;
-      at = c_.out + i / values_ * c_.head_stride + i % values_ * dk + row * c_.out_stride;
+      i -= value_pieces_;
+      at = c_.out + i / value_pieces_ * c_.head_stride + i % value_pieces_ * dk + row * c_.out_stride;
     }
     for (int c = 0; c < dk; c += 16) __builtin_prefetch(at + c);
   }
 
   const GlaChunk& c_;
-  int values_, count_, slots_, due_ = 0, piece_ = 0;
+  int value_pieces_, count_, slots_, due_ = 0, piece_ = 0;
 };
 
 // The pragmas keep the sums in registers: unless the loops over them vanish, the array lives in memory.
@@ -365,7 +368,8 @@ void state_rows(int rows, const float* k, int tokens, const float* values, const
 int tiles_of(int rows) { return (rows + kRows - 1) / kRows; }
 
 template <int kW>
-void panel_of(const GlaChunk& chunk, const float* record, int64_t column, float* state, const float* values, Ahead& ahead) {
+void panel_of(const GlaChunk& chunk, const float* record, int64_t column, float* state, const float* values,
+              Ahead& ahead) {
   const GlaRecord& shape = chunk.shape;
   const int dk = shape.dk, group = shape.group, rows = chunk.tokens * group;
   const int width = static_cast<int>(chunk.width - column);
@@ -384,8 +388,8 @@ void panel_of(const GlaChunk& chunk, const float* record, int64_t column, float*
   for (int at = 0, left = tiles_of(dk); left > 0; --left) {
     const int take = (dk - at + left - 1) / left;
     ahead.slot();
-    state_rows<kW>(take, k + at * kGlaChunk, chunk.tokens, values, record + shape.decay() + at, record + shape.decay_rest() + at,
-                   state + int64_t{at} * kPanel);
+    state_rows<kW>(take, k + at * kGlaChunk, chunk.tokens, values, record + shape.decay() + at,
+                   record + shape.decay_rest() + at, state + int64_t{at} * kPanel);
     at += take;
   }
 }

@@ -70,7 +70,10 @@ class Steps {
  private:
   // What follows head `head` of sequence `index` in a run.
   void ask_after(GlaStep& step, int64_t index, int64_t head) const {
-    if (++head == shape_.kv_heads) head = 0, ++index;
+    if (++head == shape_.kv_heads) {
+      head = 0;
+      ++index;
+    }
     const GlaSequence& s = seqs_[static_cast<size_t>(index)];
     if (s.tokens == 0 || !is_step(s)) return;
     const int64_t dk = shape_.key_dim, dv = shape_.value_dim, group = shape_.query_heads / shape_.kv_heads;

@@ -6,8 +6,7 @@
 namespace lacuna::cpu {
 
 // A sequence of up to so many tokens goes through its state token by token, more go in chunks.
-// In cache the two take the same time at 7 to 9 tokens (bench/NOTES-gla.md); from memory steps do better, because
-// their states are asked for ahead.
+// The two take the same time at 7 tokens, from memory at 6 or 7 (bench/NOTES-gla.md).
 inline constexpr int64_t kGlaStepTokens = 6;
 
 void gated_linear_attention(Context& ctx, const GlaShape& shape, std::span<const GlaSequence> seqs);

@@ -22,27 +22,27 @@ inline constexpr int kGlaChunk = 16;
 // Where the prepared operands of one chunk and KV head lie, in floats from the start of its record.
 struct GlaRecord {
   int group = 1, dk = 0;
-  int64_t q() const { return 0; }                                                      // [16 * group, dk], token-major
-  int64_t a() const { return round_up(int64_t{kGlaChunk} * group * dk); }              // [16 * group, 16]
-  int64_t k() const { return a() + int64_t{kGlaChunk} * group * kGlaChunk; }           // [dk, 16]
-  int64_t decay() const { return k() + round_up(int64_t{kGlaChunk} * dk); }            // [dk], and what f32 drops of it
-  int64_t decay_rest() const { return decay() + round_up(dk); }                        // [dk]
+  int64_t q() const { return 0; }                                             // [16 * group, dk], token-major
+  int64_t a() const { return round_up(int64_t{kGlaChunk} * group * dk); }     // [16 * group, 16]
+  int64_t k() const { return a() + int64_t{kGlaChunk} * group * kGlaChunk; }  // [dk, 16]
+  int64_t decay() const { return k() + round_up(int64_t{kGlaChunk} * dk); }   // [dk], and what f32 drops of it
+  int64_t decay_rest() const { return decay() + round_up(dk); }               // [dk]
   int64_t size() const { return decay_rest() + round_up(dk); }
-  // Room for alpha [16, dk], a running sum and a running product [dk].
-  int64_t workspace() const { return round_up(int64_t{kGlaChunk} * dk) + 2 * round_up(dk); }
+  // Room for alpha [16, dk] and the sum of the log decays [dk].
+  int64_t workspace() const { return round_up(int64_t{kGlaChunk} * dk) + round_up(dk); }
   static int64_t round_up(int64_t x) { return (x + 15) / 16 * 16; }
 };
 
 // One chunk of one KV head, as the caller holds it.
 struct GlaChunk {
-  const float* q = nullptr;  // [tokens] rows q_stride apart; heads of the group dk apart
-  const float* k = nullptr;  // [tokens, dk] rows k_stride apart
+  const float* q = nullptr;          // [tokens] rows q_stride apart; heads of the group dk apart
+  const float* k = nullptr;          // [tokens, dk] rows k_stride apart
   const float* log_decay = nullptr;  // as k
   const float* v = nullptr;          // [tokens] rows v_stride apart
-  float* out = nullptr;       // [tokens] rows out_stride apart; heads of the group head_stride apart
+  float* out = nullptr;              // [tokens] rows out_stride apart; heads of the group head_stride apart
   int64_t q_stride = 0, k_stride = 0, v_stride = 0, out_stride = 0, head_stride = 0;
-  int tokens = 0;            // 1 … kGlaChunk
-  int64_t width = 0;         // value columns
+  int tokens = 0;     // 1 … kGlaChunk
+  int64_t width = 0;  // value columns
   float scale = 0;
   GlaRecord shape;
 };
