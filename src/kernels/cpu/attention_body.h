@@ -225,44 +225,53 @@ void add_exponentials(const float* scores, int64_t count, float scale, float max
 
 // ---- streaming ------------------------------------------------------------------------------------
 
-// Always inlined: GCC takes a function that only prefetches for one without effect and drops the call.
-[[gnu::always_inline]] inline void prefetch(const void* next, int64_t offset, int64_t bytes) {
-  if (!next) return;
-  // Rows shorter than a line ask for it more than once, which costs an instruction, not a transfer.
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(next) + offset + b, 0, 2);
-}
+// What is read next, asked for a few lines at a time between the products: in bursts the requests wait for each
+// other and the products for them.
+struct Ahead {
+  // All of [next, next + bytes) in `steps` steps, of which this one makes those from `first` on.
+  Ahead(const void* next, int64_t bytes, int64_t steps, int64_t first)
+      : step((bytes + steps * 64 - 1) / (steps * 64) * 64),
+        at(static_cast<const char*>(next) + first * step),
+        end(next ? static_cast<const char*>(next) + bytes : at) {}
+  // Always inlined: GCC takes a function that only prefetches for one without effect and drops the call.
+  [[gnu::always_inline]] inline void ask() {
+    for (const char* stop = at + step < end ? at + step : end; at < stop; at += 64) __builtin_prefetch(at);
+  }
+  int64_t step;
+  const char* at;
+  const char* end;
+};
 
 // Queries that share a pass over the keys or values: each is then loaded and widened once for all of
 // them. With more, keys no longer outnumber queries in the register tile and queries are loaded more often.
 inline constexpr int kShare = 4;
 
-// Sums of products for kQ queries x as many keys as fold together, key j starting `j * step` codes on.
+// Sums of products for kQ queries x as many keys as fold together, key j starting `j * step` codes on. Inlined,
+// so that its addresses are found once a stretch: a key of 64 floats has but four steps.
 template <DType kType, int kQ, int kKeys>
-inline void dots_of(const typename CodeOf<kType>::T* k, int64_t step, int d, const float* q, int64_t ldq, float* dots) {
+[[gnu::always_inline]] inline void dots_of(const typename CodeOf<kType>::T* k, int64_t step, int d, const float* q,
+                                           int64_t ldq, float* dots, Ahead& ahead) {
   using Code = CodeOf<kType>;
   Vec sums[kQuads * 4];
 #pragma GCC unroll 16
   for (int i = 0; i < kQuads * 4; ++i) sums[i] = zero();
-  int c = 0;
-  for (; c + kLanes <= d; c += kLanes) {
+  const auto add = [&](int c, auto&& codes) __attribute__((always_inline)) {
     Vec x[kQ];
 #pragma GCC unroll 4
     for (int i = 0; i < kQ; ++i) x[i] = load(q + i * ldq + c);
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) {
-      const Vec y = Code::load_codes(k + j * step + c);
+      const Vec y = codes(k + j * step + c);
 #pragma GCC unroll 4
       for (int i = 0; i < kQ; ++i) sums[kKeys * i + j] = fma(x[i], y, sums[kKeys * i + j]);
     }
+  };
+  int c = 0;
+  for (; c + kLanes <= d; c += kLanes) {
+    ahead.ask();
+    add(c, [](const auto* at) { return Code::load_codes(at); });
   }
-  if (c < d) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kKeys; ++j) {
-      const Vec y = load_tail<kType>(k + j * step + c, d - c);
-#pragma GCC unroll 4
-      for (int i = 0; i < kQ; ++i) sums[kKeys * i + j] = fma(load(q + i * ldq + c), y, sums[kKeys * i + j]);
-    }
-  }
+  if (c < d) add(c, [n = d - c](const auto* at) { return load_tail<kType>(at, n); });
   sum_quads(sums, dots);
 }
 
@@ -274,11 +283,12 @@ inline void multiply(const float* x, const float* y, int count, float* out) {
 
 template <DType kType, int kQ>
 void scores_of(const void* codes, const float* scales, int count, int d, const float* q, int64_t ldq, float* out,
-               int64_t ld, const void* next) {
+               int64_t ld, const void* next, int pass, int passes) {
   using T = typename CodeOf<kType>::T;
   constexpr int kKeys = 4 * kQuads / kQ;
   const auto* k = static_cast<const T*>(codes);
-  const int64_t row_bytes = static_cast<int64_t>(d) * static_cast<int64_t>(sizeof(T));
+  const int steps = (count + kKeys - 1) / kKeys * (d < kLanes ? 1 : d / kLanes);
+  Ahead ahead(next, int64_t{count} * d * static_cast<int64_t>(sizeof(T)), int64_t{passes} * steps, int64_t{pass} * steps);
   float dots[4 * kQuads];
   const auto put = [&](int key) {
 #pragma GCC unroll 4
@@ -286,19 +296,17 @@ void scores_of(const void* codes, const float* scales, int count, int d, const f
   };
   int key = 0;
   for (; key + kKeys <= count; key += kKeys) {
-    prefetch(next, key * row_bytes, kKeys * row_bytes);
-    dots_of<kType, kQ, kKeys>(k + static_cast<int64_t>(key) * d, d, d, q, ldq, dots);
+    dots_of<kType, kQ, kKeys>(k + static_cast<int64_t>(key) * d, d, d, q, ldq, dots, ahead);
     put(key);
   }
   if (key < count) {
-    prefetch(next, key * row_bytes, (count - key) * row_bytes);
     if (count >= kKeys) {  // the last ones together with some that are done
       key = count - kKeys;
-      dots_of<kType, kQ, kKeys>(k + static_cast<int64_t>(key) * d, d, d, q, ldq, dots);
+      dots_of<kType, kQ, kKeys>(k + static_cast<int64_t>(key) * d, d, d, q, ldq, dots, ahead);
       put(key);
     } else {
       for (; key < count; ++key) {
-        dots_of<kType, kQ, kKeys>(k + static_cast<int64_t>(key) * d, 0, d, q, ldq, dots);
+        dots_of<kType, kQ, kKeys>(k + static_cast<int64_t>(key) * d, 0, d, q, ldq, dots, ahead);
         for (int i = 0; i < kQ; ++i) out[i * ld + key] = dots[i * kKeys];
       }
     }
@@ -309,35 +317,35 @@ void scores_of(const void* codes, const float* scales, int count, int d, const f
 
 template <DType kType, int kQ = kShare>
 void scores_as(const void* codes, const float* scales, int count, int d, const float* q, int64_t ldq, int rows,
-               float* out, int64_t ld, const void* next) {
-  for (; rows >= kQ; rows -= kQ, q += kQ * ldq, out += kQ * ld, next = nullptr)
-    scores_of<kType, kQ>(codes, scales, count, d, q, ldq, out, ld, next);
+               float* out, int64_t ld, const void* next, int pass, int passes) {
+  for (; rows >= kQ; rows -= kQ, q += kQ * ldq, out += kQ * ld, ++pass)
+    scores_of<kType, kQ>(codes, scales, count, d, q, ldq, out, ld, next, pass, passes);
   if constexpr (kQ > 1) {
-    if (rows) scores_as<kType, kQ - 1>(codes, scales, count, d, q, ldq, rows, out, ld, next);
+    if (rows) scores_as<kType, kQ - 1>(codes, scales, count, d, q, ldq, rows, out, ld, next, pass, passes);
   }
 }
 
 void stream_scores(DType dtype, const void* codes, const float* scales, int count, int d, const float* q, int64_t ldq,
                    int rows, float* out, int64_t ld, const void* next) {
-  if (dtype == DType::kF32) return scores_as<DType::kF32>(codes, scales, count, d, q, ldq, rows, out, ld, next);
-  if (dtype == DType::kBF16) return scores_as<DType::kBF16>(codes, scales, count, d, q, ldq, rows, out, ld, next);
-  scores_as<DType::kI8>(codes, scales, count, d, q, ldq, rows, out, ld, next);
+  const int n = (rows + kShare - 1) / kShare;
+  if (dtype == DType::kF32) return scores_as<DType::kF32>(codes, scales, count, d, q, ldq, rows, out, ld, next, 0, n);
+  if (dtype == DType::kBF16) return scores_as<DType::kBF16>(codes, scales, count, d, q, ldq, rows, out, ld, next, 0, n);
+  scores_as<DType::kI8>(codes, scales, count, d, q, ldq, rows, out, ld, next, 0, n);
 }
 
 // kQ rows of out, kW vectors of columns.
 template <DType kType, int kQ, int kW>
 void values_of(const void* codes, int count, int d, int column, const float* p, int64_t ld,
-               float* out, int64_t ld_out, const void* next) {
+               float* out, int64_t ld_out, Ahead& ahead) {
   using Code = CodeOf<kType>;
   const auto* v = static_cast<const typename Code::T*>(codes) + column;
-  const int64_t row_bytes = static_cast<int64_t>(d) * static_cast<int64_t>(sizeof(typename Code::T));
   Vec sums[kQ * kW];
 #pragma GCC unroll 4
   for (int i = 0; i < kQ; ++i)
 #pragma GCC unroll 4
     for (int w = 0; w < kW; ++w) sums[i * kW + w] = load(out + i * ld_out + column + w * kLanes);
   for (int key = 0; key < count; ++key, v += d) {
-    prefetch(next, key * row_bytes, row_bytes);
+    ahead.ask();
     Vec x[kQ];
 #pragma GCC unroll 4
     for (int i = 0; i < kQ; ++i) x[i] = set1(p[i * ld + key]);
@@ -356,15 +364,17 @@ void values_of(const void* codes, int count, int d, int column, const float* p, 
 
 template <DType kType, int kQ>
 void values_rows(const void* codes, int count, int d, const float* p, int64_t ld, float* out,
-                 int64_t ld_out, const void* next) {
+                 int64_t ld_out, const void* next, int pass, int passes) {
   // As many sums as leave registers for kQ probabilities (they may come from L1) and a value vector.
   constexpr int kMost = kLanes == 16 ? 24 : 12;
   constexpr int kW = kMost / kQ < 4 ? kMost / kQ : 4;
+  const int columns = d / kLanes, steps = (columns / kW + columns % kW) * count;
+  Ahead ahead(next, int64_t{count} * d * static_cast<int64_t>(sizeof(typename CodeOf<kType>::T)),
+              int64_t{passes} * (steps ? steps : 1), int64_t{pass} * steps);
   int c = 0;
-  for (; c + kW * kLanes <= d; c += kW * kLanes, next = nullptr)
-    values_of<kType, kQ, kW>(codes, count, d, c, p, ld, out, ld_out, next);
-  for (; c + kLanes <= d; c += kLanes, next = nullptr)
-    values_of<kType, kQ, 1>(codes, count, d, c, p, ld, out, ld_out, next);
+  for (; c + kW * kLanes <= d; c += kW * kLanes)
+    values_of<kType, kQ, kW>(codes, count, d, c, p, ld, out, ld_out, ahead);
+  for (; c + kLanes <= d; c += kLanes) values_of<kType, kQ, 1>(codes, count, d, c, p, ld, out, ld_out, ahead);
   if (c < d) {
     const auto* v = static_cast<const typename CodeOf<kType>::T*>(codes) + c;
     for (int key = 0; key < count; ++key, v += d) {
@@ -379,20 +389,21 @@ void values_rows(const void* codes, int count, int d, const float* p, int64_t ld
 
 template <DType kType, int kQ = kShare>
 void values_as(const void* codes, int count, int d, const float* p, int64_t ld, int rows, float* out, int64_t ld_out,
-               const void* next) {
-  for (; rows >= kQ; rows -= kQ, p += kQ * ld, out += kQ * ld_out, next = nullptr)
-    values_rows<kType, kQ>(codes, count, d, p, ld, out, ld_out, next);
+               const void* next, int pass, int passes) {
+  for (; rows >= kQ; rows -= kQ, p += kQ * ld, out += kQ * ld_out, ++pass)
+    values_rows<kType, kQ>(codes, count, d, p, ld, out, ld_out, next, pass, passes);
   if constexpr (kQ > 1) {
-    if (rows) values_as<kType, kQ - 1>(codes, count, d, p, ld, rows, out, ld_out, next);
+    if (rows) values_as<kType, kQ - 1>(codes, count, d, p, ld, rows, out, ld_out, next, pass, passes);
   }
 }
 
 void stream_values(DType dtype, const void* codes, const float* scales, int count, int d, float* p, int64_t ld,
                    int rows, float* out, int64_t ld_out, const void* next) {
-  if (dtype == DType::kF32) return values_as<DType::kF32>(codes, count, d, p, ld, rows, out, ld_out, next);
-  if (dtype == DType::kBF16) return values_as<DType::kBF16>(codes, count, d, p, ld, rows, out, ld_out, next);
+  const int n = (rows + kShare - 1) / kShare;
+  if (dtype == DType::kF32) return values_as<DType::kF32>(codes, count, d, p, ld, rows, out, ld_out, next, 0, n);
+  if (dtype == DType::kBF16) return values_as<DType::kBF16>(codes, count, d, p, ld, rows, out, ld_out, next, 0, n);
   for (int i = 0; i < rows; ++i) multiply(p + i * ld, scales, count, p + i * ld);
-  values_as<DType::kI8>(codes, count, d, p, ld, rows, out, ld_out, next);
+  values_as<DType::kI8>(codes, count, d, p, ld, rows, out, ld_out, next, 0, n);
 }
 
 void scale_row(const float* x, float factor, int64_t count, float* y) {

@@ -22,7 +22,7 @@ constexpr int64_t kStreamRows = 16;
 constexpr int64_t kLeastStreamTile = 32, kStreamTile = 256;
 // How far ahead of its use a stretch is asked for, into L2. Measured: nearer, a read from memory is still on
 // its way when it is needed; farther gains nothing (bench/NOTES-attention.md).
-constexpr int64_t kFetchAhead = 6 * 1024;
+constexpr int64_t kFetchAhead = 10 * 1024;
 // Slots of a chunk where the keys of few queries are split among threads: 1024 slots are 256 KB or
 // more of f32 at d = 32, against some 5 us to hand out an item. No more than 32 chunks a head, which
 // bounds the partial results.
@@ -59,6 +59,7 @@ struct Job {
   int64_t q_stride, out_stride;
   float scale;      // log2(e) included
   Item* items = nullptr;
+  const Item* items_end = nullptr;
   float* partials = nullptr;
   int64_t stream_tile = 0;  // slots, whole pages if they fit
   int64_t fetch_steps = 0;  // stretches from the one in use to the one that is asked for
@@ -222,12 +223,17 @@ void blocked_item(Context& ctx, const Job& job, const Item& item, int thread) {
 }
 
 // Asks for what is read `job.fetch_steps` stretches after the one at `slot`: pages are read one after the
-// other, the keys of a page before its values. Returns where it starts, for the lines to be asked for on
-// the way; the scales lie apart and are few.
-const std::byte* fetch(const Job& job, const KvHeadView& head, KvPart part, int64_t slot, int64_t end) {
+// other, the keys of a page before its values, and then those of the next item, which is most often this thread's
+// too. Returns where it starts, for the lines to be asked for on the way; the scales lie apart and are few.
+const std::byte* fetch(const Job& job, const Item* item, KvPart part, int64_t slot, int64_t end) {
   const int64_t step = static_cast<int64_t>(part) + job.fetch_steps;
   slot += step / 2 * job.layout.page_slots;
-  if (slot >= end) return nullptr;
+  if (slot >= end) {
+    slot = (slot - end) / job.layout.page_slots * job.layout.page_slots + (++item)->slot_begin;
+    if (item == job.items_end || !job.streams(*item) || slot >= item->slot_end) return nullptr;
+    end = item->slot_end;
+  }
+  const KvHeadView& head = job.sequences[static_cast<size_t>(item->sequence)].heads[item->head];
   const KvStretch s = stretch(job.pages, head, static_cast<KvPart>(step % 2), slot, end);
   for (int64_t i = 0; s.scales && i < s.count; i += 16) __builtin_prefetch(s.scales + i);
   return s.codes;
@@ -274,7 +280,7 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
     for (int64_t at = slot; at < slot_end;) {
       const KvStretch k = stretch(job.pages, head, KvPart::kKeys, at, slot_end);
       const auto count = static_cast<int>(k.count);
-      const std::byte* next = fetch(job, head, KvPart::kKeys, at, last);
+      const std::byte* next = fetch(job, &item, KvPart::kKeys, at, last);
       float* to = scores + (at - slot);
       if (narrow)
         narrow->scores(dtype, k.codes, k.scales, count, job.d(), narrow_q, m, to, kStreamTile, next);
@@ -295,7 +301,7 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
     for (int64_t at = slot; at < slot_end;) {
       const KvStretch v = stretch(job.pages, head, KvPart::kValues, at, slot_end);
       const auto count = static_cast<int>(v.count);
-      const std::byte* next = fetch(job, head, KvPart::kValues, at, last);
+      const std::byte* next = fetch(job, &item, KvPart::kValues, at, last);
       const int64_t from = at - slot;
       if (narrow)
         narrow->values(dtype, v.codes, v.scales, count, job.d(),
@@ -437,12 +443,13 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
   job.stream_tile = std::min(round_up(kLeastStreamTile, layout.page_slots), kStreamTile);
   const auto stretch_bytes = static_cast<int64_t>(job.pages.row_bytes * job.pages.slots);
   // Never less than a page: keys while keys are read, so that a page of 8 or 16 KB of them has its whole time.
-  job.fetch_steps = std::max<int64_t>(2, (kFetchAhead + stretch_bytes - 1) / stretch_bytes);
+  job.fetch_steps = std::max<int64_t>(1, (kFetchAhead + stretch_bytes - 1) / stretch_bytes);
   const Plan size = plan(job, nullptr, nullptr);
   Carver carve(ctx.workspace<std::byte>(
       ctx.shared_slot(), static_cast<size_t>(192 + size.items * static_cast<int64_t>(sizeof(Item)) +
                                              size.merges * static_cast<int64_t>(sizeof(Merge)) + size.partials * 4)));
   job.items = carve.take<Item>(size.items);
+  job.items_end = job.items + size.items;
   auto* merges = carve.take<Merge>(size.merges);
   job.partials = carve.take<float>(size.partials);
   plan(job, job.items, merges);
@@ -457,7 +464,7 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
     else
       blocked_item(ctx, job, item, thread);
   };
-  ctx.pool.parallel_for(size.items, std::ref(run));
+  ctx.pool.parallel_runs(size.items, std::ref(run));
   const auto merge = [&](int64_t index, int) { merge_chunks(job, merges[index]); };
   ctx.pool.parallel_for(size.merges, std::ref(merge));
 }

@@ -35,7 +35,7 @@ inline int least(int a, int b) { return a < b ? a : b; }
 
 // The part of the cache that is read next is asked for a line at a time between products, and into L2:
 // L1 keeps no more than 24 misses, which is 15 GB/s at 100 ns each, and whatever else misses waits.
-[[gnu::always_inline]] inline void prefetch(const char* line) { __builtin_prefetch(line, 0, 2); }
+[[gnu::always_inline]] inline void prefetch(const char* line) { __builtin_prefetch(line, 0, 3); }
 // From L2 into L1, a few hundred cycles ahead of the use and in the order of the addresses, which the
 // transposition's own reads are not.
 [[gnu::always_inline]] inline void prefetch_near(const void* line) {
@@ -168,13 +168,11 @@ template <int kQ, bool kDirect, class F>
       each_word(
           s.rows + c * 4, s.row, [&](int w, __m512i k) __attribute__((always_inline)) {
             if (next) prefetch(next + (c + w) * 64);
-            prefetch_near(s.rows + (c + w) * 64);
             f(c + w, k);
           });
   } else {
     for (int c = 0; c < s.row / 4; ++c) {
       if (next) prefetch(next + c * 64);
-      if (next) prefetch_near(s.rows + c * 64);
       f(c, words(s.keys + c * kLanes));
     }
   }
@@ -532,8 +530,6 @@ struct PairValues {
       const char* ahead = first_row == 0 && next ? static_cast<const char*>(next) + c * 2 : nullptr;
       for (int s = 0; s < count; s += 2, at += 2 * d) {
         if (ahead) {
-          prefetch_near(at);
-          prefetch_near(at + d);
           prefetch(ahead + static_cast<int64_t>(s) * d * 2);
           prefetch(ahead + static_cast<int64_t>(s + 1) * d * 2);
         }
