@@ -9,9 +9,7 @@
 namespace lacuna {
 namespace {
 
-// Rows of values projected at once (their products stay in the last-level cache), and rows a thread
-// reduces at a time.
-constexpr int64_t kValueBlock = 512, kRowPiece = 128;
+constexpr int64_t kRowPiece = 128;  // rows a thread reduces at a time
 constexpr int64_t kQuerySinks = 4;  // kvpress leaves the first four queries out of its statistics: outliers
 
 // Scores are f32 whatever the precision of the model's own products.
@@ -263,23 +261,8 @@ void EvidenceReader::read_norms(Context& ctx, int layer, int head, int group, in
   const float* v = values_.as<float>();
   float* out = ensure(ctx, l1 ? norms_l1_ : norms_, group * slots);
   if (!l1) {
-    const OutputProjections::Factors factors = projections_->factors(ctx, layer, head);
-    const int64_t half = d / 2, rest = d - half;
-    const LinearWeight upper = matrix(factors.upper, group * half, d), lower = matrix(factors.lower, group * rest, rest);
-    float* top = ensure(ctx, rows_, std::min(slots, kValueBlock) * group * d);
-    float* bottom = top + std::min(slots, kValueBlock) * group * half;
-    for (int64_t begin = 0; begin < slots; begin += kValueBlock) {
-      const int64_t count = std::min(kValueBlock, slots - begin);
-      linear(ctx, upper, v + begin * d, count, top, LinearMode::kStore, d);
-      linear(ctx, lower, v + begin * d + half, count, bottom, LinearMode::kStore, d);
-      for_rows(ctx, count, [&](int64_t i) {
-        for (int h = 0; h < group; ++h) {
-          const float* y = top + (i * group + h) * half;
-          const float* z = bottom + (i * group + h) * rest;
-          out[h * slots + begin + i] = std::sqrt(dot(y, y, half) + dot(z, z, rest));
-        }
-      });
-    }
+    triangle_products(ctx, v, slots, head_dim, projections_->factors(ctx, layer, head), group, true, out, slots);
+    for_rows(ctx, group * slots, [&](int64_t i) { out[i] = std::sqrt(out[i]); });
     return;
   }
   constexpr int64_t kBlock = 512;
@@ -298,33 +281,10 @@ void EvidenceReader::read_norms(Context& ctx, int layer, int head, int group, in
 }
 
 void EvidenceReader::read_products(Context& ctx, int layer, int head, int group, int64_t slots, int head_dim) {
-  const int64_t d = head_dim;
   const int pairs = group * (group + 1) / 2;
-  const float* v = values_.as<float>();
   float* out = ensure(ctx, products_, pairs * slots);
-  using Products = OutputProjections::Products;
-  const Products products = projections_->products(ctx, layer, head);
-  float* rows = ensure(ctx, rows_, std::min(slots, kValueBlock) * pairs * d);
-  for (int64_t begin = 0; begin < slots; begin += kValueBlock) {
-    const int64_t count = std::min(kValueBlock, slots - begin);
-    for (int b = 0; b < Products::kBlocks; ++b) {
-      const int64_t first = products.first(b), width = products.width(b);
-      if (width == 0) continue;
-      const LinearWeight w = matrix(products.data + products.at(b), pairs * width, d - first);
-      linear(ctx, w, v + begin * d + first, count, rows + count * pairs * first, LinearMode::kStore, d);
-    }
-    for_rows(ctx, count, [&](int64_t i) {
-      const float* value = v + (begin + i) * d;
-      for (int p = 0; p < pairs; ++p) {
-        float sum = 0;
-        for (int b = 0; b < Products::kBlocks; ++b) {
-          const int64_t first = products.first(b), width = products.width(b);
-          sum += dot(rows + count * pairs * first + (i * pairs + p) * width, value + first, width);
-        }
-        out[p * slots + begin + i] = sum;
-      }
-    });
-  }
+  triangle_products(ctx, values_.as<float>(), slots, head_dim, projections_->products(ctx, layer, head), pairs, false, out,
+                    slots);
 }
 
 // Frobenius norm of mixed [rows, H * d] times the output projection.

@@ -96,14 +96,13 @@ void OutputProjections::block(int layer, int head, float* out) const {
   }
 }
 
-OutputProjections::Factors OutputProjections::factors(Context& ctx, int layer, int kv_head) {
+const float* OutputProjections::factors(Context& ctx, int layer, int kv_head) {
   const std::lock_guard lock(mutex_);
   Buffer& buffer = factors_[static_cast<size_t>(layer)];
   const AttentionLayer& a = *model_.attention(layer);
-  const int64_t rows = a.output.out(), d = a.head_dim, half = d / 2, rest = d - half;
-  const int64_t group = a.query_heads / a.kv_heads, upper = group * half * d, both = upper + group * rest * rest;
+  const int64_t rows = a.output.out(), d = a.head_dim, size = packed_triangle(a.head_dim);
   if (!buffer) {
-    Buffer made(ctx.memory, MemoryTag::kWeights, static_cast<size_t>(a.kv_heads * both) * sizeof(float));
+    Buffer made(ctx.memory, MemoryTag::kWeights, static_cast<size_t>(a.query_heads * size) * sizeof(float));
     ctx.pool.parallel_for(a.query_heads, [&](int64_t h, int) {
       std::vector<float> w(static_cast<size_t>(rows * d)), r(static_cast<size_t>(d * d));
       block(layer, static_cast<int>(h), w.data());
@@ -111,58 +110,48 @@ OutputProjections::Factors OutputProjections::factors(Context& ctx, int layer, i
       for (int64_t o = 0; o < rows; ++o)
         for (int64_t j = 0; j < d; ++j) columns[static_cast<size_t>(j * rows + o)] = w[static_cast<size_t>(o * d + j)];
       householder_factor(columns, rows, a.head_dim, r.data());
-      float* to = made.as<float>() + h / group * both;
-      std::copy_n(r.data(), half * d, to + h % group * half * d);
-      for (int64_t i = 0; i < rest; ++i)
-        std::copy_n(r.data() + (half + i) * d + half, rest, to + upper + (h % group * rest + i) * rest);
+      pack_triangle(r.data(), a.head_dim, made.as<float>() + h * size);
     });
     buffer = std::move(made);
   }
-  const float* found = buffer.as<float>() + kv_head * both;
-  return {found, found + upper};
+  return buffer.as<float>() + kv_head * (a.query_heads / a.kv_heads) * size;
 }
 
-OutputProjections::Products OutputProjections::products(Context& ctx, int layer, int kv_head) {
+const float* OutputProjections::products(Context& ctx, int layer, int kv_head) {
   const std::lock_guard lock(mutex_);
   Buffer& buffer = products_[static_cast<size_t>(layer)];
   const AttentionLayer& a = *model_.attention(layer);
   const int64_t rows = a.output.out(), d = a.head_dim;
   const int group = a.query_heads / a.kv_heads;
-  Products layout(d, int64_t{group} * (group + 1) / 2);
-  const int64_t size = layout.at(Products::kBlocks);
-  const auto found = [&] {
-    layout.data = buffer.as<float>() + kv_head * size;
-    return layout;
-  };
-  if (buffer) return found();
-  Buffer made(ctx.memory, MemoryTag::kWeights, static_cast<size_t>(a.kv_heads * size) * sizeof(float));
-  ctx.pool.parallel_for(a.kv_heads, [&](int64_t g, int) {
-    std::vector<std::vector<float>> w(static_cast<size_t>(group), std::vector<float>(static_cast<size_t>(rows * d)));
-    for (int h = 0; h < group; ++h) block(layer, static_cast<int>(g) * group + h, w[static_cast<size_t>(h)].data());
-    std::vector<double> sum(static_cast<size_t>(d * d)), row(static_cast<size_t>(d));
-    int64_t pair = 0;
-    for (int h = 0; h < group; ++h)
-      for (int other = h; other < group; ++other, ++pair) {
-        std::fill(sum.begin(), sum.end(), 0.0);
-        for (int64_t o = 0; o < rows; ++o) {
-          const float* x = w[static_cast<size_t>(h)].data() + o * d;
-          const float* y = w[static_cast<size_t>(other)].data() + o * d;
-          for (int64_t j = 0; j < d; ++j) row[static_cast<size_t>(j)] = y[j];
-          for (int64_t i = 0; i < d; ++i) subtract_scaled(row.data(), -static_cast<double>(x[i]), d, sum.data() + i * d);
-        }
-        for (int b = 0; b < Products::kBlocks; ++b) {
-          const int64_t first = layout.first(b), width = layout.width(b), end = first + width;
-          float* out = made.as<float>() + g * size + layout.at(b) + pair * width * (d - first);
-          for (int64_t i = first; i < end; ++i)
-            for (int64_t j = first; j < d; ++j) {
+  const int64_t size = packed_triangle(a.head_dim), all = int64_t{group} * (group + 1) / 2 * size;
+  if (!buffer) {
+    Buffer made(ctx.memory, MemoryTag::kWeights, static_cast<size_t>(a.kv_heads * all) * sizeof(float));
+    ctx.pool.parallel_for(a.kv_heads, [&](int64_t g, int) {
+      std::vector<std::vector<float>> w(static_cast<size_t>(group), std::vector<float>(static_cast<size_t>(rows * d)));
+      for (int h = 0; h < group; ++h) block(layer, static_cast<int>(g) * group + h, w[static_cast<size_t>(h)].data());
+      std::vector<double> sum(static_cast<size_t>(d * d)), row(static_cast<size_t>(d));
+      std::vector<float> triangle(static_cast<size_t>(d * d));
+      float* out = made.as<float>() + g * all;
+      for (int h = 0; h < group; ++h)
+        for (int other = h; other < group; ++other, out += size) {
+          std::fill(sum.begin(), sum.end(), 0.0);
+          for (int64_t o = 0; o < rows; ++o) {
+            const float* x = w[static_cast<size_t>(h)].data() + o * d;
+            const float* y = w[static_cast<size_t>(other)].data() + o * d;
+            for (int64_t j = 0; j < d; ++j) row[static_cast<size_t>(j)] = y[j];
+            for (int64_t i = 0; i < d; ++i) subtract_scaled(row.data(), -static_cast<double>(x[i]), d, sum.data() + i * d);
+          }
+          for (int64_t i = 0; i < d; ++i)
+            for (int64_t j = i; j < d; ++j) {
               const double twice = sum[static_cast<size_t>(i * d + j)] + sum[static_cast<size_t>(j * d + i)];
-              *out++ = static_cast<float>(j < end ? 0.5 * twice : twice);
+              triangle[static_cast<size_t>(i * d + j)] = static_cast<float>(i == j ? 0.5 * twice : twice);
             }
+          pack_triangle(triangle.data(), a.head_dim, out);
         }
-      }
-  });
-  buffer = std::move(made);
-  return found();
+    });
+    buffer = std::move(made);
+  }
+  return buffer.as<float>() + kv_head * all;
 }
 
 }  // namespace lacuna

@@ -226,4 +226,28 @@ void attention_column_sums(Context& ctx, const KvLayout& layout, const KvHeadVie
                 2 * r * head.length * 4);
 }
 
+int64_t packed_triangle(int d) { return cpu::triangle_size(d); }
+
+void pack_triangle(const float* t, int d, float* out) {
+  for (int row = 0; row < d; row += cpu::kTriangleRows)
+    for (int c = row; c < d; ++c)
+      for (int r = row; r < row + cpu::kTriangleRows; ++r) *out++ = r < d && r <= c ? t[int64_t{r} * d + c] : 0.0f;
+}
+
+void triangle_products(Context& ctx, const float* values, int64_t count, int d, const float* triangles, int n,
+                       bool squares, float* out, int64_t ld) {
+  if (!values || !triangles || !out || count < 0 || d < 1 || n < 1 || ld < count)
+    throw BadInput("triangle_products: {} values of {} floats, {} triangles, rows of {}; expected memory for each", count, d, n, ld);
+  if (count == 0) return;
+  OpScope scope(ctx, OpKind::kEvictScore);
+  cpu::triangle_products(ctx, values, count, d, triangles, n, squares, out, ld);
+  OpRecord& record = scope.record;
+  record.m = count;
+  record.n = n;
+  record.k = d;
+  record.macs = count * n * (packed_triangle(d) + d);
+  record.weight_bytes = n * packed_triangle(d) * 4;
+  record.activation_bytes = count * (d + n) * 4;
+}
+
 }  // namespace lacuna

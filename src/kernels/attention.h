@@ -111,4 +111,13 @@ void attention_column_sums(Context& ctx, const KvLayout& layout, const KvHeadVie
                            int r, int64_t q_stride, int64_t first_position, float scale, int64_t window, float* sums,
                            const float* share = nullptr, int64_t share_stride = 0);
 
+// Upper triangles T [d, d], packed in groups of rows without the zeros left of them: packed_triangle(d) floats each.
+int64_t packed_triangle(int d);
+void pack_triangle(const float* t, int d, float* out);  // t is [d, d]; below the diagonal nothing is read
+
+// What n triangles, packed one behind the other, make of values x [count, d]: out[T, x] = x . T x, or |T x|^2 if
+// `squares`; f32, rows of out `ld` floats apart. A value's results do not depend on the others.
+void triangle_products(Context& ctx, const float* values, int64_t count, int d, const float* triangles, int n,
+                       bool squares, float* out, int64_t ld);
+
 }  // namespace lacuna

@@ -413,6 +413,66 @@ void add_row(const float* x, float factor, int64_t count, float* y) {
   for (int64_t i = 0; i < count; ++i) y[i] += x[i] * factor;
 }
 
+// ---- values through triangles -----------------------------------------------------------------------
+
+// kS vectors of values, transposed: value i's element c at [c * kTriangleValues + i].
+template <bool kSquares, int kS>
+void triangle_of(const float* v, int d, const float* t, float* out) {
+  for (int row = 0; row < d; row += kTriangleRows) {
+    Vec sums[kTriangleRows * kS];
+#pragma GCC unroll 32
+    for (int i = 0; i < kTriangleRows * kS; ++i) sums[i] = zero();
+    for (int c = row; c < d; ++c, t += kTriangleRows) {
+      Vec w[kTriangleRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kTriangleRows; ++r) w[r] = set1(t[r]);
+#pragma GCC unroll 8
+      for (int s = 0; s < kS; ++s) {
+        const Vec x = load(v + c * kTriangleValues + s * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kTriangleRows; ++r) sums[s * kTriangleRows + r] = fma(w[r], x, sums[s * kTriangleRows + r]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kS; ++s) {
+      Vec sum = row ? load(out + s * kLanes) : zero();
+#pragma GCC unroll 4
+      for (int r = 0; r < kTriangleRows; ++r) {
+        const Vec y = sums[s * kTriangleRows + r];
+        sum = fma(y, kSquares ? y : load(v + (row + r) * kTriangleValues + s * kLanes), sum);
+      }
+      store(out + s * kLanes, sum);
+    }
+  }
+}
+
+void triangle_products(const float* values, int count, int d, const float* triangles, int n, bool squares, float* work,
+                       float* out, int64_t ld) {
+  constexpr int kS = kLanes == 16 ? 6 : 2;
+  constexpr int kStep = kS * kLanes;
+  std::memset(work, 0, sizeof(float) * static_cast<size_t>((d + kTriangleRows - 1) / kTriangleRows * kTriangleRows) * kTriangleValues);
+  for (int i = 0; i < count; i += kLanes)
+    for (int c = 0; c < d; c += kLanes) {
+      const float* from = values + static_cast<int64_t>(i) * d + c;
+      float* to = work + c * kTriangleValues + i;
+      if (i + kLanes <= count && c + kLanes <= d) {
+        transpose(from, d, to, kTriangleValues);
+        continue;
+      }
+      for (int x = 0; x < kLanes && i + x < count; ++x)
+        for (int y = 0; y < kLanes && c + y < d; ++y) to[y * kTriangleValues + x] = from[static_cast<int64_t>(x) * d + y];
+    }
+  for (int t = 0; t < n; ++t, triangles += triangle_size(d), out += ld)
+    for (int i = 0; i < count; i += kStep) {
+      float sums[kStep];
+      if (squares)
+        triangle_of<true, kS>(work + i, d, triangles, sums);
+      else
+        triangle_of<false, kS>(work + i, d, triangles, sums);
+      std::memcpy(out + i, sums, sizeof(float) * static_cast<size_t>(count - i < kStep ? count - i : kStep));
+    }
+}
+
 // ---- cache rows -----------------------------------------------------------------------------------
 
 float encode_row(const float* x, int d, DType dtype, void* codes) {
@@ -455,4 +515,4 @@ float encode_row(const float* x, int d, DType dtype, void* codes) {
 inline constexpr TileOps kTileF32 = {4, kPanel, rows_f32, pack_keys_f32, pack_values_f32, scores_f32, values_f32,
                                      softmax_f32};
 inline constexpr AttentionOps kF32Ops = {kTileF32, nullptr, nullptr, stream_scores, stream_values, scale_row, add_row,
-                                         encode_row, exponentials, add_exponentials, max_of};
+                                         encode_row, exponentials, add_exponentials, max_of, triangle_products};

@@ -71,5 +71,7 @@ void window_attention(Context& ctx, const KvLayout& layout, const KvHeadView& he
 void attention_column_sums(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t tokens,
                            int r, int64_t q_stride, int64_t first_position, float scale, int64_t window, float* sums,
                            const float* share, int64_t share_stride, AttentionCounts& counts);
+void triangle_products(Context& ctx, const float* values, int64_t count, int d, const float* triangles, int n,
+                       bool squares, float* out, int64_t ld);
 
 }  // namespace lacuna::cpu

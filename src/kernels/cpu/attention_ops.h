@@ -19,6 +19,16 @@ inline constexpr int kRowBlock = 48;
 // Vector stores may run past a row's end up to here; row strides are multiples of it.
 inline constexpr int kPad = 32;
 
+// Rows of a triangle and values that a register tile of triangle_products takes: 4 x 6 vectors of sums, 4
+// broadcasts and a vector of values in AVX-512. 96 values of 64 floats are half of L1.
+inline constexpr int kTriangleRows = 4;
+inline constexpr int kTriangleValues = 96;
+// Floats of a packed triangle: [c from the group's first row to d)[kTriangleRows] for every group of rows.
+inline constexpr int64_t triangle_size(int d) {
+  const int64_t groups = (d + kTriangleRows - 1) / kTriangleRows;
+  return kTriangleRows * (groups * d - kTriangleRows * groups * (groups - 1) / 2);
+}
+
 // Rows of scores -> unnormalised probabilities, one online-softmax step.
 struct SoftmaxStep {
   const float* scores;    // [rows] of stride `ld`, before scaling
@@ -97,6 +107,9 @@ struct AttentionOps {
   // sums[i] += 2^(scores[i] * scale - max) * factor
   void (*add_exponentials)(const float* scores, int64_t count, float scale, float max, float factor, float* sums);
   float (*max_of)(const float* x, int64_t count);
+  // lacuna::triangle_products for up to kTriangleValues values; `work` is [round_up(d, kTriangleRows), kTriangleValues].
+  void (*triangle_products)(const float* values, int count, int d, const float* triangles, int n, bool squares,
+                            float* work, float* out, int64_t ld);
 };
 
 const AttentionOps& attention_ops_portable();

@@ -175,4 +175,18 @@ void attention_column_sums(Context& ctx, const KvLayout& layout, const KvHeadVie
   ctx.pool.parallel_for((n - base + kKeyTile - 1) / kKeyTile, std::ref(columns));
 }
 
+void triangle_products(Context& ctx, const float* values, int64_t count, int d, const float* triangles, int n,
+                       bool squares, float* out, int64_t ld) {
+  const AttentionOps& ops = attention_ops(cpu_isa());
+  const auto work = static_cast<size_t>(round_up(d, kTriangleRows) * kTriangleValues);
+  for (int t = 0; t < ctx.pool.size(); ++t) ctx.workspace<float>(t, work);
+  const auto body = [&](int64_t index, int thread) {
+    const int64_t begin = index * kTriangleValues;
+    const auto some = static_cast<int>(std::min<int64_t>(kTriangleValues, count - begin));
+    ops.triangle_products(values + begin * d, some, d, triangles, n, squares, ctx.workspace<float>(thread, work),
+                          out + begin, ld);
+  };
+  ctx.pool.parallel_for((count + kTriangleValues - 1) / kTriangleValues, std::ref(body));
+}
+
 }  // namespace lacuna::cpu
