@@ -417,6 +417,56 @@ TEST(ColumnSums, MatchDoubleAndAccumulate) {
   }
 }
 
+TEST(TriangleProducts, MatchDouble) {
+  FOR_EACH_ISA(isa) {
+    EXPECT_TRUE(rc::check([] {
+      const int d = *rc::gen::element(1, 2, 3, 5, 8, 16, 30, 33, 64, 80, 128), n = *rc::gen::inRange(1, 4);
+      const auto count = *rc::gen::inRange<int64_t>(1, 250), extra = *rc::gen::inRange<int64_t>(0, 3), ld = count + extra;
+      const auto values = normals(static_cast<size_t>(count * d), *rc::gen::arbitrary<uint32_t>() / 2);
+      auto full = normals(static_cast<size_t>(n * d * d), 9);
+      std::vector<float> packed(static_cast<size_t>(n * packed_triangle(d)));
+      for (int t = 0; t < n; ++t) {
+        for (int i = 0; i < d; ++i)
+          for (int j = 0; j < i; ++j) full[static_cast<size_t>((t * d + i) * d + j)] = NAN;  // not looked at
+        pack_triangle(&full[static_cast<size_t>(t * d * d)], d, &packed[static_cast<size_t>(t * packed_triangle(d))]);
+      }
+      for (const bool squares : {false, true}) {
+        std::vector<float> out(static_cast<size_t>(n * ld), -7.0f), again = out;
+        Engine one(1), two(2);
+        triangle_products(one.ctx, values.data(), count, d, packed.data(), n, squares, out.data(), ld);
+        triangle_products(two.ctx, values.data(), count, d, packed.data(), n, squares, again.data(), ld);
+        RC_ASSERT(out == again);
+        for (int t = 0; t < n; ++t) {
+          for (int64_t v = 0; v < ld; ++v) {
+            const float got = out[static_cast<size_t>(t * ld + v)];
+            if (v >= count) {
+              RC_ASSERT(got == -7.0f);
+              continue;
+            }
+            const float* x = &values[static_cast<size_t>(v * d)];
+            double sum = 0, size = 0;
+            for (int i = 0; i < d; ++i) {
+              double y = 0, all = 0;
+              for (int j = i; j < d; ++j) {
+                const double term = static_cast<double>(full[static_cast<size_t>((t * d + i) * d + j)]) * x[j];
+                y += term;
+                all += std::fabs(term);
+              }
+              sum += squares ? y * y : x[i] * y;
+              size += squares ? all * all : std::fabs(x[i]) * all;
+            }
+            RC_ASSERT(std::fabs(got - sum) <= 1e-6 * size);
+          }
+        }
+        const int64_t last = count - 1;
+        std::vector<float> alone(static_cast<size_t>(n));
+        triangle_products(one.ctx, &values[static_cast<size_t>(last * d)], 1, d, packed.data(), n, squares, alone.data(), 1);
+        for (int t = 0; t < n; ++t) RC_ASSERT(alone[static_cast<size_t>(t)] == out[static_cast<size_t>(t * ld + last)]);
+      }
+    }));
+  }
+}
+
 // ---- cache rows -----------------------------------------------------------------------------------
 
 TEST(KvAppend, WritesTheExactCodes) {
