@@ -231,8 +231,8 @@ struct Ahead {
   // All of [next, next + bytes) in `steps` steps, of which this one makes those from `first` on.
   Ahead(const void* next, int64_t bytes, int64_t steps, int64_t first)
       : step((bytes + steps * 64 - 1) / (steps * 64) * 64),
-        at(static_cast<const char*>(next) + first * step),
-        end(next ? static_cast<const char*>(next) + bytes : at) {}
+        at(next ? static_cast<const char*>(next) + first * step : nullptr),
+        end(next ? static_cast<const char*>(next) + bytes : nullptr) {}
   // Always inlined: GCC takes a function that only prefetches for one without effect and drops the call.
   [[gnu::always_inline]] inline void ask() {
     for (const char* stop = at + step < end ? at + step : end; at < stop; at += 64) __builtin_prefetch(at);

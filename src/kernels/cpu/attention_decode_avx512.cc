@@ -25,7 +25,6 @@ constexpr int kMaxRows = 16;
 constexpr int kMaxDim = 256;
 
 inline __m512i words(const void* p) { return _mm512_loadu_si512(p); }
-inline __m512bh pairs(__m512i x) { return reinterpret_cast<__m512bh>(x); }
 inline __m512i word(const void* p) {
   int32_t w;
   __builtin_memcpy(&w, p, 4);
@@ -33,13 +32,29 @@ inline __m512i word(const void* p) {
 }
 inline int least(int a, int b) { return a < b ? a : b; }
 
-// The part of the cache that is read next is asked for a line at a time between products, and into L2:
-// L1 keeps no more than 24 misses, which is 15 GB/s at 100 ns each, and whatever else misses waits.
-[[gnu::always_inline]] inline void prefetch(const char* line) { __builtin_prefetch(line, 0, 3); }
-// From L2 into L1, a few hundred cycles ahead of the use and in the order of the addresses, which the
-// transposition's own reads are not.
-[[gnu::always_inline]] inline void prefetch_near(const void* line) {
-  __builtin_prefetch(static_cast<const char*>(line) + 1024);
+// sum += products of pairs, of quads (u unsigned), with a vector or with one word. Around the intrinsics GCC 12
+// copies every sum of a loop into another register and back at each step.
+[[gnu::always_inline]] inline void add_pairs(__m512& sum, __m512i a, __m512i b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
+[[gnu::always_inline]] inline void add_pairs(__m512& sum, __m512i a, const int32_t* b) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
+}
+[[gnu::always_inline]] inline void add_quads(__m512i& sum, __m512i u, __m512i s) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+}
+[[gnu::always_inline]] inline void add_quads(__m512i& sum, __m512i u, const int32_t* s) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*s));
+}
+
+// The part of the cache that is read next is asked for a line at a time between products.
+[[gnu::always_inline]] inline void prefetch(const char* line) { __builtin_prefetch(line); }
+// `next`, known only once `line` is there. Requests that run ahead of what arrives pile up, and beyond 128 a core
+// drops them: so one goes out for each that comes in.
+[[gnu::always_inline]] inline const char* once_here(const char* next, const void* line) {
+  int64_t zero;
+  asm("movl %1, %k0\n\tandl $0, %k0" : "=r"(zero) : "m"(*static_cast<const int32_t*>(line)) : "cc");
+  return next + zero;
 }
 
 // ---- queries --------------------------------------------------------------------------------------
@@ -147,92 +162,135 @@ template <class F>
 
 struct Scores {
   const char* rows;     // sixteen keys of `row` bytes each, or
-  const int32_t* keys;  // the same transposed: [row / 4][16] words
+  const int32_t* keys;  // sixteen or 32, transposed: [row / 4][16 * kK] words
   const void* query;
   int count, d, row;  // query rows; elements and bytes of a key
-  Vec key_scale;
-  __mmask16 live;
+  Vec key_scale[2];
+  __mmask16 live;  // keys of the last sixteen
   float* out;
   int64_t ld;
-  const char* next;  // sixteen keys' lines, one a word of the products
+  const char* next;  // these keys' lines of what is read next, or their own
 };
 
-// Few query rows leave registers for the transposed keys; for more they are put down and read again.
+[[gnu::always_inline]] inline void put(float* out, __mmask16 live, Vec x) {
+  // A store through a mask cannot be forwarded to the softmax's load.
+  if (live == 0xffff)
+    store(out, x);
+  else
+    _mm512_mask_storeu_ps(out, live, x.v);
+}
+
+// Few query rows leave registers for the transposed keys; for more they are put down and read again, 32 keys at a
+// time, so that a query's word is read once for two products.
 // Digits have two sums a row.
 constexpr int kDirectPairs = 4, kDirectDigits = 3;
 
-template <int kQ, bool kDirect, class F>
+// unsigned: vpdpbusd takes codes + 128.
+inline __m512i flipped(__m512i codes) { return _mm512_xor_si512(codes, _mm512_set1_epi32(static_cast<int>(0x80808080u))); }
+
+// f(word, kK vectors of it, chain 0 or 1 of sums), a line of `next` for each word.
+template <int kK, bool kDirect, bool kDigits, class F>
 [[gnu::always_inline]] inline void each_key_word(const Scores& s, const char* next, F f) {
   if constexpr (kDirect) {
     for (int c = 0; c < s.row / 4; c += kLanes)
       each_word(
           s.rows + c * 4, s.row, [&](int w, __m512i k) __attribute__((always_inline)) {
-            if (next) prefetch(next + (c + w) * 64);
-            f(c + w, k);
+            if (w % 4 == 0) next = once_here(next, s.rows + w * s.row + c * 4);
+            prefetch(next + (c + w) * 64);
+            if (kDigits) k = flipped(k);
+            f(c + w, &k, w / 4 % 2);
           });
   } else {
     for (int c = 0; c < s.row / 4; ++c) {
-      if (next) prefetch(next + c * 64);
-      f(c, words(s.keys + c * kLanes));
+      if (c % 4 == 0) next = once_here(next, s.keys + c * kK * kLanes);
+      prefetch(next + c * 64);
+      __m512i k[kK];
+#pragma GCC unroll 2
+      for (int j = 0; j < kK; ++j) k[j] = words(s.keys + (c * kK + j) * kLanes);
+      f(c, k, 0);
     }
   }
 }
 
-template <int kQ, bool kDirect>
-void digit_scores(int first_row, const Scores& s) {
+// Group 0 of the rows asks for the first line of every word's kK, group 1 for the second; of one group alone, the
+// transposition has asked for the second. More groups ask for lines that are on their way.
+inline const char* lines_of(const Scores& s, int kk, int group) {
+  return group < kk ? s.next + group * (s.row / 4) * 64 : s.next;
+}
+
+template <int kQ, int kK, bool kDirect>
+void digit_scores(int first_row, int group, const Scores& s) {
   const DigitQuery query(const_cast<void*>(s.query), s.count, s.d);
   const int rows = s.count;
-  __m512i hi[kQ], lo[kQ];
+  __m512i hi[kQ * kK], lo[kQ * kK];
 #pragma GCC unroll 8
-  for (int i = 0; i < kQ; ++i) {
-    hi[i] = _mm512_set1_epi32(query.start[first_row + i]);
-    lo[i] = _mm512_set1_epi32(query.start[rows + first_row + i]);
-  }
+  for (int i = 0; i < kQ; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kK; ++j) {
+      hi[i * kK + j] = _mm512_set1_epi32(query.start[first_row + i]);
+      lo[i * kK + j] = _mm512_set1_epi32(query.start[rows + first_row + i]);
+    }
   const int32_t* q = query.digits + first_row;
-  const __m512i flip = _mm512_set1_epi32(static_cast<int>(0x80808080u));
-  each_key_word<kQ, kDirect>(
-      s, first_row ? nullptr : s.next, [&](int c, __m512i key) __attribute__((always_inline)) {
-        const __m512i k = _mm512_xor_si512(key, flip);
+  each_key_word<kK, kDirect, true>(
+      s, lines_of(s, kK, group), [&](int c, const __m512i* k, int) __attribute__((always_inline)) {
         const int32_t* at = q + 2 * rows * c;
 #pragma GCC unroll 8
         for (int i = 0; i < kQ; ++i) {
-          hi[i] = _mm512_dpbusd_epi32(hi[i], k, _mm512_set1_epi32(at[i]));
-          lo[i] = _mm512_dpbusd_epi32(lo[i], k, _mm512_set1_epi32(at[rows + i]));
+          if constexpr (kK == 1) {
+            add_quads(hi[i], k[0], at + i);
+            add_quads(lo[i], k[0], at + rows + i);
+          } else {
+            const __m512i h = _mm512_set1_epi32(at[i]), l = _mm512_set1_epi32(at[rows + i]);
+#pragma GCC unroll 2
+            for (int j = 0; j < kK; ++j) {
+              add_quads(hi[i * kK + j], k[j], h);
+              add_quads(lo[i * kK + j], k[j], l);
+            }
+          }
         }
       });
 #pragma GCC unroll 8
-  for (int i = 0; i < kQ; ++i) {
-    const Vec dot = {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(hi[i], 8), lo[i]))};
-    _mm512_mask_storeu_ps(s.out + (first_row + i) * s.ld, s.live,
-                          (dot * (s.key_scale * set1(query.scale[first_row + i]))).v);
-  }
+  for (int i = 0; i < kQ; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kK; ++j) {
+      const Vec dot = {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(hi[i * kK + j], 8), lo[i * kK + j]))};
+      put(s.out + (first_row + i) * s.ld + j * kLanes, j + 1 == kK ? s.live : 0xffff,
+          dot * (s.key_scale[j] * set1(query.scale[first_row + i])));
+    }
 }
 
-template <int kQ, bool kDirect>
-void pair_scores(int first_row, const Scores& s) {
+template <int kQ, int kK, bool kDirect>
+void pair_scores(int first_row, int group, const Scores& s) {
   const int rows = s.count;
   const int32_t* q = static_cast<const int32_t*>(s.query) + first_row;
   // Few rows would wait for their own sums: every other word apart.
-  constexpr int kChains = kQ <= 4 ? 2 : 1;
-  __m512 sums[kQ * kChains];
-#pragma GCC unroll 8
-  for (int i = 0; i < kQ * kChains; ++i) sums[i] = _mm512_setzero_ps();
-  each_key_word<kQ, kDirect>(
-      s, first_row ? nullptr : s.next, [&](int c, __m512i k) __attribute__((always_inline)) {
+  constexpr int kChains = kQ * kK <= 4 ? 2 : 1;
+  __m512 sums[kQ * kK * kChains];
+#pragma GCC unroll 16
+  for (int i = 0; i < kQ * kK * kChains; ++i) sums[i] = _mm512_setzero_ps();
+  each_key_word<kK, kDirect, false>(
+      s, lines_of(s, kK, group), [&](int c, const __m512i* k, int chain) __attribute__((always_inline)) {
+        if (kChains == 1) chain = 0;
         const int32_t* at = q + rows * c;
-        const int j = kDirect ? c / 4 % kChains : 0;
 #pragma GCC unroll 8
         for (int i = 0; i < kQ; ++i) {
-          __m512& sum = sums[i * kChains + j];
-          sum = _mm512_dpbf16_ps(sum, pairs(k), pairs(_mm512_set1_epi32(at[i])));
+          if constexpr (kK == 1) {
+            add_pairs(sums[i * kChains + chain], k[0], at + i);
+          } else {
+            const __m512i x = _mm512_set1_epi32(at[i]);
+#pragma GCC unroll 2
+            for (int j = 0; j < kK; ++j) add_pairs(sums[(i * kK + j) * kChains + chain], k[j], x);
+          }
         }
       });
 #pragma GCC unroll 8
-  for (int i = 0; i < kQ; ++i) {
-    __m512 sum = sums[i * kChains];
-    if constexpr (kChains > 1) sum = _mm512_add_ps(sum, sums[i * kChains + 1]);
-    _mm512_mask_storeu_ps(s.out + (first_row + i) * s.ld, s.live, sum);
-  }
+  for (int i = 0; i < kQ; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kK; ++j) {
+      Vec sum = {sums[(i * kK + j) * kChains]};
+      if constexpr (kChains > 1) sum = sum + Vec{sums[(i * kK + j) * kChains + 1]};
+      put(s.out + (first_row + i) * s.ld + j * kLanes, j + 1 == kK ? s.live : 0xffff, sum);
+    }
 }
 
 // Runs f<kQ>(first row) over rows, kMost at a time and what is left in one.
@@ -266,59 +324,80 @@ inline void each_group(int rows, const Args&... args) {
   }
 }
 
-template <bool kDirect, bool kDigits>
+template <int kK, bool kDirect, bool kDigits>
 struct Product {
+  static constexpr int kMost = kDirect || kDigits ? 4 : 8;
   template <int kQ>
   struct Rows {
     static void run(int first_row, const Scores& s) {
       if constexpr (kDigits)
-        digit_scores<kQ, kDirect>(first_row, s);
+        digit_scores<kQ, kK, kDirect>(first_row, first_row / kMost, s);
       else
-        pair_scores<kQ, kDirect>(first_row, s);
+        pair_scores<kQ, kK, kDirect>(first_row, first_row / kMost, s);
     }
   };
+  static void run(int rows, const Scores& s) { each_group<kMost, Rows>(rows, s); }
 };
+
+// Sixteen keys as [row / 4] vectors, every kK-th of `keys`; a line of `next` for each.
+template <int kK, bool kDigits>
+void transpose(const char* rows, int row, int32_t* keys, const char* next) {
+  for (int b = 0; b < row; b += 64, keys += 16 * kK * kLanes)
+    each_word(
+        rows + b, row, [&](int c, __m512i k) __attribute__((always_inline)) {
+          if (next) prefetch(next + (b / 4 + c) * 64);
+          _mm512_store_si512(keys + c * kK * kLanes, kDigits ? flipped(k) : k);
+        });
+}
+
+template <bool kDigits>
+void scores_of(const char* codes, const float* scales, int count, int d, const void* query, int rows, float* out,
+               int64_t ld, const char* next) {
+  const int row = d * (kDigits ? 1 : 2);
+  const bool direct = rows <= (kDigits ? kDirectDigits : kDirectPairs);
+  alignas(64) int32_t keys[kMaxDim * kLanes];
+  alignas(64) char rest[kLanes * kMaxDim * 2];
+  for (int key = 0, some; key < count; key += some) {
+    const int vectors = !direct && count - key > kLanes ? 2 : 1;
+    some = least(vectors * kLanes, count - key);
+    const int last = some - (vectors - 1) * kLanes;  // keys of the last sixteen
+    const int64_t at = static_cast<int64_t>(key) * row;
+    const char* from[2] = {codes + at, codes + at + kLanes * row};
+    if (last < kLanes) {
+      __builtin_memcpy(rest, from[vectors - 1], static_cast<size_t>(last * row));
+      __builtin_memset(rest + last * row, 0, static_cast<size_t>((kLanes - last) * row));
+      from[vectors - 1] = rest;
+    }
+    Scores s{from[0], keys, query, rows, d, row, {zero(), zero()}, first(last), out + key, ld, next ? next + at : from[0]};
+    if (kDigits) {
+      s.key_scale[0] = load_part(scales + key, least(kLanes, some));
+      if (vectors == 2) s.key_scale[1] = load_part(scales + key + kLanes, last);
+    }
+    if (direct) {
+      Product<1, true, kDigits>::run(rows, s);
+      continue;
+    }
+    if (vectors == 2) {
+      // One group of rows asks for one line a word: the other ones here.
+      const bool ask = next && rows <= Product<2, false, kDigits>::kMost;
+      transpose<2, kDigits>(from[0], row, keys, nullptr);
+      transpose<2, kDigits>(from[1], row, keys + kLanes, ask ? s.next + row * kLanes : nullptr);
+    } else {
+      transpose<1, kDigits>(from[0], row, keys, nullptr);
+    }
+    if (vectors == 2)
+      Product<2, false, kDigits>::run(rows, s);
+    else
+      Product<1, false, kDigits>::run(rows, s);
+  }
+}
 
 void scores(DType dtype, const void* codes, const float* scales, int count, int d, const void* query, int rows,
             float* out, int64_t ld, const void* next) {
-  const bool digits = dtype == DType::kI8;
-  const int row = d * (digits ? 1 : 2);
-  alignas(64) int32_t keys[kMaxDim / 2 * kLanes];
-  alignas(64) char rest[kLanes * kMaxDim * 2];
-  for (int key = 0; key < count; key += kLanes) {
-    const int n = least(kLanes, count - key);
-    const int64_t at = static_cast<int64_t>(key) * row;
-    const char* from = static_cast<const char*>(codes) + at;
-    if (n < kLanes) {
-      __builtin_memcpy(rest, from, static_cast<size_t>(n * row));
-      __builtin_memset(rest + n * row, 0, static_cast<size_t>((kLanes - n) * row));
-      from = rest;
-    }
-    const Scores s{from,
-                   keys,
-                   query,
-                   rows,
-                   d,
-                   row,
-                   digits ? load_part(scales + key, n) : zero(),
-                   first(n),
-                   out + key,
-                   ld,
-                   next ? static_cast<const char*>(next) + at : nullptr};
-    if (rows <= (digits ? kDirectDigits : kDirectPairs)) {
-      if (digits)
-        each_group<4, Product<true, true>::Rows>(rows, s);
-      else
-        each_group<4, Product<true, false>::Rows>(rows, s);
-      continue;
-    }
-    for (int b = 0; b < row; b += 64)
-      each_word(from + b, row, [&](int c, __m512i k) { _mm512_store_si512(keys + (b / 4 + c) * kLanes, k); });
-    if (digits)
-      each_group<8, Product<false, true>::Rows>(rows, s);
-    else
-      each_group<8, Product<false, false>::Rows>(rows, s);
-  }
+  const auto* from = static_cast<const char*>(codes);
+  const auto* ahead = static_cast<const char*>(next);
+  if (dtype == DType::kI8) return scores_of<true>(from, scales, count, d, query, rows, out, ld, ahead);
+  scores_of<false>(from, scales, count, d, query, rows, out, ld, ahead);
 }
 
 // ---- softmax --------------------------------------------------------------------------------------
@@ -336,47 +415,71 @@ inline __mmask16 visible(int at, int begin, int end) {
 constexpr float kSlack = 8;
 
 template <bool kPairs>
+[[gnu::always_inline]] inline void put_probabilities(const SoftmaxStep& s, int i, int c, Vec x, Vec y) {
+  if constexpr (kPairs) {
+    const __m512bh p = _mm512_cvtne2ps_pbh(y.v, x.v);
+    _mm512_storeu_si512(static_cast<uint16_t*>(s.p) + i * s.ld + c, reinterpret_cast<__m512i>(p));
+  } else {
+    store(static_cast<float*>(s.p) + i * s.ld + c, x);
+    store(static_cast<float*>(s.p) + i * s.ld + c + kLanes, y);
+  }
+}
+
+// Any row.
+template <bool kPairs>
+[[gnu::noinline]] void softmax_row(const SoftmaxStep& s, int i) {
+  constexpr int kDegree = kPairs ? 3 : 5;
+  const Vec scale = set1(s.scale);
+  const float* row = s.scores + i * s.ld;
+  const int begin = s.begin[i], end = s.end[i];
+  const Vec most = set1(s.max[i] + kSlack);
+  __mmask16 above = 0;
+  for (int c = s.from; c < s.to; c += kLanes)
+    above = static_cast<__mmask16>(
+        above | _mm512_mask_cmp_ps_mask(visible(c, begin, end), (load(row + c) * scale).v, most.v, _CMP_GT_OQ));
+  Vec sum = load(s.sum + i * kLanes);
+  s.shrink[i] = 1;
+  if (above) {
+    Vec top = set1(s.max[i]);
+    for (int c = s.from; c < s.to; c += kLanes)
+      top = {_mm512_mask_max_ps(top.v, visible(c, begin, end), (load(row + c) * scale).v, top.v)};
+    const float now = largest(top);
+    // exp2 of -inf, before anything was seen, is as good as 0: the sums are 0.
+    s.shrink[i] = _mm512_cvtss_f32(exp2<5>(set1(s.max[i] - now)).v);
+    s.max[i] = now;
+    sum = sum * set1(s.shrink[i]);
+  }
+  const Vec max = set1(-s.max[i]);
+  for (int c = s.from; c < s.to; c += 2 * kLanes) {
+    const Vec x = {_mm512_maskz_mov_ps(visible(c, begin, end), exp2<kDegree>(fma(load(row + c), scale, max)).v)};
+    const Vec y = {
+        _mm512_maskz_mov_ps(visible(c + kLanes, begin, end), exp2<kDegree>(fma(load(row + c + kLanes), scale, max)).v)};
+    sum = sum + (x + y);
+    put_probabilities<kPairs>(s, i, c, x, y);
+  }
+  store(s.sum + i * kLanes, sum);
+}
+
+template <bool kPairs>
 void softmax_rows(const SoftmaxStep& s) {
   constexpr int kDegree = kPairs ? 3 : 5;
   const Vec scale = set1(s.scale);
   for (int i = 0; i < s.rows; ++i) {
-    const float* row = s.scores + i * s.ld;
-    const int begin = s.begin[i], end = s.end[i];
-    const bool full = begin <= s.from && end >= s.to;
-    const Vec most = set1(s.max[i] + kSlack);
-    __mmask16 above = 0;
-    for (int c = s.from; c < s.to; c += kLanes)
-      above = static_cast<__mmask16>(above | _mm512_mask_cmp_ps_mask(full ? first(16) : visible(c, begin, end),
-                                                                     (load(row + c) * scale).v, most.v, _CMP_GT_OQ));
-    Vec sum = load(s.sum + i * kLanes);
-    s.shrink[i] = 1;
-    if (above) [[unlikely]] {
-      Vec top = set1(s.max[i]);
-      for (int c = s.from; c < s.to; c += kLanes)
-        top = {_mm512_mask_max_ps(top.v, visible(c, begin, end), (load(row + c) * scale).v, top.v)};
-      const float now = largest(top);
-      // exp2 of -inf, before anything was seen, is as good as 0: the sums are 0.
-      s.shrink[i] = _mm512_cvtss_f32(exp2<5>(set1(s.max[i] - now)).v);
-      s.max[i] = now;
-      sum = sum * set1(s.shrink[i]);
+    // What nearly every row is: 32 columns, all of them seen, none above.
+    const float* row = s.scores + i * s.ld + s.from;
+    const Vec a = load(row), b = load(row + kLanes);
+    const bool full = s.to - s.from == 2 * kLanes && s.begin[i] <= s.from && s.end[i] >= s.to;
+    const __mmask16 above =
+        _mm512_cmp_ps_mask((vmax(a, b) * scale).v, set1(s.max[i] + kSlack).v, _CMP_GT_OQ);
+    if (!full || above) {
+      softmax_row<kPairs>(s, i);
+      continue;
     }
     const Vec max = set1(-s.max[i]);
-    for (int c = s.from; c < s.to; c += 2 * kLanes) {
-      Vec x = exp2<kDegree>(fma(load(row + c), scale, max)), y = exp2<kDegree>(fma(load(row + c + kLanes), scale, max));
-      if (!full) {
-        x = {_mm512_maskz_mov_ps(visible(c, begin, end), x.v)};
-        y = {_mm512_maskz_mov_ps(visible(c + kLanes, begin, end), y.v)};
-      }
-      sum = sum + (x + y);
-      if constexpr (kPairs) {
-        const __m512bh p = _mm512_cvtne2ps_pbh(y.v, x.v);
-        _mm512_storeu_si512(static_cast<uint16_t*>(s.p) + i * s.ld + c, reinterpret_cast<__m512i>(p));
-      } else {
-        store(static_cast<float*>(s.p) + i * s.ld + c, x);
-        store(static_cast<float*>(s.p) + i * s.ld + c + kLanes, y);
-      }
-    }
-    store(s.sum + i * kLanes, sum);
+    const Vec x = exp2<kDegree>(fma(a, scale, max)), y = exp2<kDegree>(fma(b, scale, max));
+    s.shrink[i] = 1;
+    store(s.sum + i * kLanes, load(s.sum + i * kLanes) + (x + y));
+    put_probabilities<kPairs>(s, i, s.from, x, y);
   }
 }
 
@@ -451,29 +554,31 @@ void interleave_quads(const int8_t* v, int count, int d, __m512i* out) {
 
 template <int kQ>
 struct DigitValues {
-  // Adds `quads` groups of four slots to 64 columns of kQ rows of out.
+  // Adds `quads` groups of four slots to 64 columns of kQ rows of out. The lines ahead, as many as slots, are asked
+  // for by the first two groups of rows, or by the only one.
   static void run(int first_row, const __m512i* values, int quads, const Digits& digits, float* out, int64_t ld,
-                  const char* next, int64_t next_step) {
+                  int rows, const char* next) {
     constexpr int kW = kQ <= 2 ? 4 : 2;  // 8 … 16 sums
-    if (first_row) next = nullptr;
+    const bool halves = rows > 4;
+    int left = !next || first_row > 4 ? 0 : halves ? 2 * quads : 4 * quads;
+    if (left && first_row) next += 2 * quads * 64;
     for (int t = 0; t < 4; t += kW) {
       __m512i hi[kQ * kW], lo[kQ * kW];
 #pragma GCC unroll 16
       for (int i = 0; i < kQ * kW; ++i) hi[i] = lo[i] = _mm512_setzero_si512();
       for (int g = 0; g < quads; ++g) {
+        if (left > 0) next = once_here(next, values + 4 * g + t);
+        for (int l = halves ? kW / 2 : kW; l > 0 && left > 0; --l, --left, next += 64) prefetch(next);
         __m512i v[kW];
 #pragma GCC unroll 4
-        for (int w = 0; w < kW; ++w) {
-          v[w] = words(values + 4 * g + t + w);
-          if (next) prefetch(next + (4 * g + t + w) * next_step);
-        }
+        for (int w = 0; w < kW; ++w) v[w] = words(values + 4 * g + t + w);
 #pragma GCC unroll 4
         for (int i = 0; i < kQ; ++i) {
           const __m512i h = word(digits.hi[first_row + i] + 4 * g), l = word(digits.lo[first_row + i] + 4 * g);
 #pragma GCC unroll 4
           for (int w = 0; w < kW; ++w) {
-            hi[i * kW + w] = _mm512_dpbusd_epi32(hi[i * kW + w], h, v[w]);
-            lo[i * kW + w] = _mm512_dpbusd_epi32(lo[i * kW + w], l, v[w]);
+            add_quads(hi[i * kW + w], h, v[w]);
+            add_quads(lo[i * kW + w], l, v[w]);
           }
         }
       }
@@ -500,57 +605,73 @@ void digit_values(const int8_t* v, const float* scales, int count, int d, const 
     const int64_t at = static_cast<int64_t>(s) * d;
     for (int c = 0; c < d; c += 64) {
       interleave_quads(v + at + c, n, d, values);
-      each_group<4, DigitValues>(rows, static_cast<const __m512i*>(values), quads, digits, out + c, ld_out,
-                                 next ? static_cast<const char*>(next) + at + c : nullptr, static_cast<int64_t>(d));
+      each_group<4, DigitValues>(rows, static_cast<const __m512i*>(values), quads, digits, out + c, ld_out, rows,
+                                 next ? static_cast<const char*>(next) + at + int64_t{c} * n : nullptr);
     }
   }
 }
 
 template <int kQ>
 struct PairValues {
-  // p is bf16 of stride ld. 32 columns at a time.
+  // p is bf16 of stride ld.
   static void run(int first_row, const uint16_t* v, int count, int d, const uint16_t* p, int64_t ld, float* out,
-                  int64_t ld_out, const void* next) {
+                  int64_t ld_out, const char* next) {
+    p += first_row * ld;
+    out += first_row * ld_out;
+    if (first_row) next = nullptr;
+    int c = 0;
+    // A row or few would wait for their own sums: two lines of a slot at once.
+    if constexpr (kQ <= 4)
+      for (; c + 64 <= d; c += 64)
+        columns<2>(v + c, count, d, p, ld, out + c, ld_out, next ? next + int64_t{c} * count * 2 : nullptr);
+    for (; c < d; c += 32)
+      columns<1>(v + c, count, d, p, ld, out + c, ld_out, next ? next + int64_t{c} * count * 2 : nullptr);
+  }
+
+  // 32 columns times kB.
+  template <int kB>
+  static void columns(const uint16_t* v, int count, int d, const uint16_t* p, int64_t ld, float* out, int64_t ld_out,
+                      const char* next) {
     alignas(64) uint16_t order[2][32];
     for (int i = 0; i < 32; ++i) {
       order[0][i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
       order[1][i] = static_cast<uint16_t>(order[0][i] + 16);
     }
     const __m512i low = words(order[0]), high = words(order[1]);
-    p += first_row * ld;
-    out += first_row * ld_out;
-    for (int c = 0; c < d; c += 2 * kLanes) {
-      __m512 sums[kQ * 2];
+    constexpr int kW = 2 * kB;
+    __m512 sums[kQ * kW];
 #pragma GCC unroll 8
-      for (int i = 0; i < kQ; ++i) {
-        sums[2 * i] = load(out + i * ld_out + c).v;
-        sums[2 * i + 1] = load(out + i * ld_out + c + kLanes).v;
-      }
-      const uint16_t* at = v + c;
-      const char* ahead = first_row == 0 && next ? static_cast<const char*>(next) + c * 2 : nullptr;
-      for (int s = 0; s < count; s += 2, at += 2 * d) {
-        if (ahead) {
-          prefetch(ahead + static_cast<int64_t>(s) * d * 2);
-          prefetch(ahead + static_cast<int64_t>(s + 1) * d * 2);
+    for (int i = 0; i < kQ; ++i)
+#pragma GCC unroll 4
+      for (int w = 0; w < kW; ++w) sums[i * kW + w] = load(out + i * ld_out + w * kLanes).v;
+    for (int s = 0; s < count; s += 2, v += 2 * d) {
+      const bool both = s + 1 < count;
+      __m512i x[kW];
+#pragma GCC unroll 2
+      for (int b = 0; b < kB; ++b) {
+        if (next) {
+          next = once_here(next, v + b * 32);
+          prefetch(next);
+          prefetch(next + 64);
+          next += 128;
         }
-        const __m512i even = words(at), odd = s + 1 < count ? words(at + d) : _mm512_setzero_si512();
-        const __m512bh x = pairs(_mm512_permutex2var_epi16(even, low, odd));
-        const __m512bh y = pairs(_mm512_permutex2var_epi16(even, high, odd));
-#pragma GCC unroll 8
-        for (int i = 0; i < kQ; ++i) {
-          // Behind the last probability lies another slot's, or nobody's: even times 0 a NaN would count.
-          const uint16_t* q = p + i * ld + s;
-          const __m512bh w = pairs(s + 1 < count ? word(q) : _mm512_set1_epi32(*q));
-          sums[2 * i] = _mm512_dpbf16_ps(sums[2 * i], x, w);
-          sums[2 * i + 1] = _mm512_dpbf16_ps(sums[2 * i + 1], y, w);
-        }
+        const __m512i even = words(v + b * 32), odd = both ? words(v + d + b * 32) : _mm512_setzero_si512();
+        x[2 * b] = _mm512_permutex2var_epi16(even, low, odd);
+        x[2 * b + 1] = _mm512_permutex2var_epi16(even, high, odd);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kQ; ++i) {
-        store(out + i * ld_out + c, {sums[2 * i]});
-        store(out + i * ld_out + c + kLanes, {sums[2 * i + 1]});
+        // Behind the last probability lies another slot's, or nobody's: even times 0 a NaN would count.
+        const uint16_t* q = p + i * ld + s;
+        const __m512i y = both ? word(q) : _mm512_set1_epi32(*q);
+#pragma GCC unroll 4
+        for (int w = 0; w < kW; ++w) add_pairs(sums[i * kW + w], x[w], y);
       }
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < kQ; ++i)
+#pragma GCC unroll 4
+      for (int w = 0; w < kW; ++w) store(out + i * ld_out + w * kLanes, {sums[i * kW + w]});
   }
 };
 
@@ -560,7 +681,7 @@ void values(DType dtype, const void* codes, const float* scales, int count, int 
     return digit_values(static_cast<const int8_t*>(codes), scales, count, d, static_cast<const float*>(p), ld, rows,
                         out, ld_out, next);
   each_group<8, PairValues>(rows, static_cast<const uint16_t*>(codes), count, d, static_cast<const uint16_t*>(p), ld,
-                            out, ld_out, next);
+                            out, ld_out, static_cast<const char*>(next));
 }
 
 void restore(DType dtype, float* sums, int64_t ld, int rows, int d) {
