@@ -129,7 +129,9 @@ void prepare(DType dtype, const float* q, int64_t ldq, int rows, int d, void* ou
 
 // ---- scores ---------------------------------------------------------------------------------------
 
-// Calls f(c, word c of sixteen rows) for the 64 bytes of each row from `rows` on.
+// Calls f(c, word c of sixteen rows) for the 64 bytes of each row from `rows` on: 0, 4, 8, 12, 1, 5 …, and turn(c)
+// counts the calls.
+constexpr int turn(int c) { return c % 4 * 4 + c / 4; }
 template <class F>
 [[gnu::always_inline]] inline void each_word(const char* rows, int64_t step, F f) {
   __m512i a[16], b[16];
@@ -195,8 +197,8 @@ template <int kK, bool kDirect, bool kDigits, class F>
     for (int c = 0; c < s.row / 4; c += kLanes)
       each_word(
           s.rows + c * 4, s.row, [&](int w, __m512i k) __attribute__((always_inline)) {
-            if (w % 4 == 0) next = once_here(next, s.rows + w * s.row + c * 4);
-            prefetch(next + (c + w) * 64);
+            if (turn(w) % 4 == 0) next = once_here(next, s.rows + turn(w) * s.row + c * 4);
+            prefetch(next + (c + turn(w)) * 64);
             if (kDigits) k = flipped(k);
             f(c + w, &k, w / 4 % 2);
           });
@@ -212,10 +214,12 @@ template <int kK, bool kDirect, bool kDigits, class F>
   }
 }
 
-// Group 0 of the rows asks for the first line of every word's kK, group 1 for the second; of one group alone, the
-// transposition has asked for the second. More groups ask for lines that are on their way.
-inline const char* lines_of(const Scores& s, int kk, int group) {
-  return group < kk ? s.next + group * (s.row / 4) * 64 : s.next;
+// The lines ahead that a group of rows asks for, one a word: of two vectors of keys the first two groups have a
+// half each; one group alone has the second, after the transposition. More groups ask for what is on its way.
+template <int kK, int kMost>
+inline const char* lines_of(const Scores& s, int group) {
+  const int half = kK == 2 && s.count <= kMost ? 1 : group < kK ? group : 0;
+  return s.next + half * (s.row / 4) * 64;
 }
 
 template <int kQ, int kK, bool kDirect>
@@ -232,7 +236,7 @@ void digit_scores(int first_row, int group, const Scores& s) {
     }
   const int32_t* q = query.digits + first_row;
   each_key_word<kK, kDirect, true>(
-      s, lines_of(s, kK, group), [&](int c, const __m512i* k, int) __attribute__((always_inline)) {
+      s, lines_of<kK, kDirect ? kMaxRows : 4>(s, group), [&](int c, const __m512i* k, int) __attribute__((always_inline)) {
         const int32_t* at = q + 2 * rows * c;
 #pragma GCC unroll 8
         for (int i = 0; i < kQ; ++i) {
@@ -269,7 +273,7 @@ void pair_scores(int first_row, int group, const Scores& s) {
 #pragma GCC unroll 16
   for (int i = 0; i < kQ * kK * kChains; ++i) sums[i] = _mm512_setzero_ps();
   each_key_word<kK, kDirect, false>(
-      s, lines_of(s, kK, group), [&](int c, const __m512i* k, int chain) __attribute__((always_inline)) {
+      s, lines_of<kK, kDirect ? kMaxRows : 8>(s, group), [&](int c, const __m512i* k, int chain) __attribute__((always_inline)) {
         if (kChains == 1) chain = 0;
         const int32_t* at = q + rows * c;
 #pragma GCC unroll 8
@@ -339,13 +343,14 @@ struct Product {
   static void run(int rows, const Scores& s) { each_group<kMost, Rows>(rows, s); }
 };
 
-// Sixteen keys as [row / 4] vectors, every kK-th of `keys`; a line of `next` for each.
+// Sixteen keys as [row / 4] vectors, every kK-th of `keys`; a line of `next` for every other one.
 template <int kK, bool kDigits>
 void transpose(const char* rows, int row, int32_t* keys, const char* next) {
   for (int b = 0; b < row; b += 64, keys += 16 * kK * kLanes)
     each_word(
         rows + b, row, [&](int c, __m512i k) __attribute__((always_inline)) {
-          if (next) prefetch(next + (b / 4 + c) * 64);
+          if (c % 8 == 0 && next) next = once_here(next, rows + b + c * row);
+          if (c % 2 == 0 && next) prefetch(next + (b / 4 + c) * 32);
           _mm512_store_si512(keys + c * kK * kLanes, kDigits ? flipped(k) : k);
         });
 }
@@ -378,10 +383,9 @@ void scores_of(const char* codes, const float* scales, int count, int d, const v
       continue;
     }
     if (vectors == 2) {
-      // One group of rows asks for one line a word: the other ones here.
-      const bool ask = next && rows <= Product<2, false, kDigits>::kMost;
-      transpose<2, kDigits>(from[0], row, keys, nullptr);
-      transpose<2, kDigits>(from[1], row, keys + kLanes, ask ? s.next + row * kLanes : nullptr);
+      const char* ahead = next && rows <= Product<2, false, kDigits>::kMost ? s.next : nullptr;
+      transpose<2, kDigits>(from[0], row, keys, ahead);
+      transpose<2, kDigits>(from[1], row, keys + kLanes, ahead ? ahead + row * 8 : nullptr);
     } else {
       transpose<1, kDigits>(from[0], row, keys, nullptr);
     }
