@@ -20,8 +20,8 @@ constexpr int64_t kStreamRows = 16;
 // lies in (15 % faster than the keys of eight pages before their values), but not fewer than are worth a
 // softmax step, nor more than fit in a third of L1 (16 rows * 256 * 4 B = 16 KB).
 constexpr int64_t kLeastStreamTile = 32, kStreamTile = 256;
-// How far ahead of its use a stretch is asked for, into L2. Measured: nearer, a read from memory is still on
-// its way when it is needed; farther gains nothing (bench/NOTES-attention.md).
+// How far ahead of its use a stretch is asked for at least. Measured: nearer, a read from memory is still on
+// its way when it is needed; farther loses more requests than it gains time (bench/NOTES-attention.md).
 constexpr int64_t kFetchAhead = 10 * 1024;
 // Slots of a chunk where the keys of few queries are split among threads: 1024 slots are 256 KB or
 // more of f32 at d = 32, against some 5 us to hand out an item. No more than 32 chunks a head, which
@@ -442,8 +442,7 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
           shape.scale * kLog2e};
   job.stream_tile = std::min(round_up(kLeastStreamTile, layout.page_slots), kStreamTile);
   const auto stretch_bytes = static_cast<int64_t>(job.pages.row_bytes * job.pages.slots);
-  // Never less than a page: keys while keys are read, so that a page of 8 or 16 KB of them has its whole time.
-  job.fetch_steps = std::max<int64_t>(1, (kFetchAhead + stretch_bytes - 1) / stretch_bytes);
+  job.fetch_steps = (kFetchAhead + stretch_bytes - 1) / stretch_bytes;
   const Plan size = plan(job, nullptr, nullptr);
   Carver carve(ctx.workspace<std::byte>(
       ctx.shared_slot(), static_cast<size_t>(192 + size.items * static_cast<int64_t>(sizeof(Item)) +
