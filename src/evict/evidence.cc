@@ -283,8 +283,8 @@ void EvidenceReader::read_norms(Context& ctx, int layer, int head, int group, in
 void EvidenceReader::read_products(Context& ctx, int layer, int head, int group, int64_t slots, int head_dim) {
   const int pairs = group * (group + 1) / 2;
   float* out = ensure(ctx, products_, pairs * slots);
-  triangle_products(ctx, values_.as<float>(), slots, head_dim, projections_->products(ctx, layer, head), pairs, false, out,
-                    slots);
+  triangle_products(ctx, values_.as<float>(), slots, head_dim, projections_->products(ctx, layer, head), pairs, false,
+                    out, slots);
 }
 
 // Frobenius norm of mixed [rows, H * d] times the output projection.

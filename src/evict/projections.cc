@@ -139,7 +139,8 @@ const float* OutputProjections::products(Context& ctx, int layer, int kv_head) {
             const float* x = w[static_cast<size_t>(h)].data() + o * d;
             const float* y = w[static_cast<size_t>(other)].data() + o * d;
             for (int64_t j = 0; j < d; ++j) row[static_cast<size_t>(j)] = y[j];
-            for (int64_t i = 0; i < d; ++i) subtract_scaled(row.data(), -static_cast<double>(x[i]), d, sum.data() + i * d);
+            for (int64_t i = 0; i < d; ++i)
+              subtract_scaled(row.data(), -static_cast<double>(x[i]), d, sum.data() + i * d);
           }
           for (int64_t i = 0; i < d; ++i)
             for (int64_t j = i; j < d; ++j) {

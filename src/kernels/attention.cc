@@ -237,7 +237,8 @@ void pack_triangle(const float* t, int d, float* out) {
 void triangle_products(Context& ctx, const float* values, int64_t count, int d, const float* triangles, int n,
                        bool squares, float* out, int64_t ld) {
   if (!values || !triangles || !out || count < 0 || d < 1 || n < 1 || ld < count)
-    throw BadInput("triangle_products: {} values of {} floats, {} triangles, rows of {}; expected memory for each", count, d, n, ld);
+    throw BadInput("triangle_products: {} values of {} floats, {} triangles, rows of {}; expected memory for each",
+                   count, d, n, ld);
   if (count == 0) return;
   OpScope scope(ctx, OpKind::kEvictScore);
   cpu::triangle_products(ctx, values, count, d, triangles, n, squares, out, ld);

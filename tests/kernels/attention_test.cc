@@ -421,7 +421,8 @@ TEST(TriangleProducts, MatchDouble) {
   FOR_EACH_ISA(isa) {
     EXPECT_TRUE(rc::check([] {
       const int d = *rc::gen::element(1, 2, 3, 5, 8, 16, 30, 33, 64, 80, 128), n = *rc::gen::inRange(1, 4);
-      const auto count = *rc::gen::inRange<int64_t>(1, 250), extra = *rc::gen::inRange<int64_t>(0, 3), ld = count + extra;
+      const auto count = *rc::gen::inRange<int64_t>(1, 250), extra = *rc::gen::inRange<int64_t>(0, 3),
+                 ld = count + extra;
       const auto values = normals(static_cast<size_t>(count * d), *rc::gen::arbitrary<uint32_t>() / 2);
       auto full = normals(static_cast<size_t>(n * d * d), 9);
       std::vector<float> packed(static_cast<size_t>(n * packed_triangle(d)));
@@ -460,7 +461,8 @@ TEST(TriangleProducts, MatchDouble) {
         }
         const int64_t last = count - 1;
         std::vector<float> alone(static_cast<size_t>(n));
-        triangle_products(one.ctx, &values[static_cast<size_t>(last * d)], 1, d, packed.data(), n, squares, alone.data(), 1);
+        triangle_products(one.ctx, &values[static_cast<size_t>(last * d)], 1, d, packed.data(), n, squares,
+                          alone.data(), 1);
         for (int t = 0; t < n; ++t) RC_ASSERT(alone[static_cast<size_t>(t)] == out[static_cast<size_t>(t * ld + last)]);
       }
     }));

@@ -231,7 +231,8 @@ struct Ahead {
   // Pass number `pass` of `passes` over the same memory takes its part of [next, next + bytes) in `steps` steps.
   Ahead(const void* next, int64_t bytes, int pass, int passes, int64_t steps) {
     if (!next) return;
-    const int64_t from = bytes * pass / passes / 64 * 64, to = pass + 1 == passes ? bytes : bytes * (pass + 1) / passes / 64 * 64;
+    const int64_t from = bytes * pass / passes / 64 * 64,
+                  to = pass + 1 == passes ? bytes : bytes * (pass + 1) / passes / 64 * 64;
     step = (to - from + steps * 64 - 1) / (steps * 64) * 64;
     at = static_cast<const char*>(next) + from;
     end = static_cast<const char*>(next) + to;
@@ -341,8 +342,8 @@ void stream_scores(DType dtype, const void* codes, const float* scales, int coun
 
 // kQ rows of out, kW vectors of columns.
 template <DType kType, int kQ, int kW>
-void values_of(const void* codes, int count, int d, int column, const float* p, int64_t ld,
-               float* out, int64_t ld_out, Ahead& ahead) {
+void values_of(const void* codes, int count, int d, int column, const float* p, int64_t ld, float* out, int64_t ld_out,
+               Ahead& ahead) {
   using Code = CodeOf<kType>;
   const auto* v = static_cast<const typename Code::T*>(codes) + column;
   Vec sums[kQ * kW];
@@ -369,14 +370,14 @@ void values_of(const void* codes, int count, int d, int column, const float* p, 
 }
 
 template <DType kType, int kQ>
-void values_rows(const void* codes, int count, int d, const float* p, int64_t ld, float* out,
-                 int64_t ld_out, const void* next, int pass, int passes) {
+void values_rows(const void* codes, int count, int d, const float* p, int64_t ld, float* out, int64_t ld_out,
+                 const void* next, int pass, int passes) {
   // As many sums as leave registers for kQ probabilities (they may come from L1) and a value vector.
   constexpr int kMost = kLanes == 16 ? 24 : 12;
   constexpr int kW = kMost / kQ < 4 ? kMost / kQ : 4;
   const int columns = d / kLanes, steps = (columns / kW + columns % kW) * count;
-  Ahead ahead(next, int64_t{count} * d * static_cast<int64_t>(sizeof(typename CodeOf<kType>::T)),
-              pass, passes, steps ? steps : 1);
+  Ahead ahead(next, int64_t{count} * d * static_cast<int64_t>(sizeof(typename CodeOf<kType>::T)), pass, passes,
+              steps ? steps : 1);
   int c = 0;
   for (; c + kW * kLanes <= d; c += kW * kLanes)
     values_of<kType, kQ, kW>(codes, count, d, c, p, ld, out, ld_out, ahead);
@@ -456,7 +457,9 @@ void triangle_products(const float* values, int count, int d, const float* trian
                        float* out, int64_t ld) {
   constexpr int kS = kLanes == 16 ? 6 : 2;
   constexpr int kStep = kS * kLanes;
-  std::memset(work, 0, sizeof(float) * static_cast<size_t>((d + kTriangleRows - 1) / kTriangleRows * kTriangleRows) * kTriangleValues);
+  std::memset(
+      work, 0,
+      sizeof(float) * static_cast<size_t>((d + kTriangleRows - 1) / kTriangleRows * kTriangleRows) * kTriangleValues);
   for (int i = 0; i < count; i += kLanes)
     for (int c = 0; c < d; c += kLanes) {
       const float* from = values + static_cast<int64_t>(i) * d + c;
@@ -466,7 +469,8 @@ void triangle_products(const float* values, int count, int d, const float* trian
         continue;
       }
       for (int x = 0; x < kLanes && i + x < count; ++x)
-        for (int y = 0; y < kLanes && c + y < d; ++y) to[y * kTriangleValues + x] = from[static_cast<int64_t>(x) * d + y];
+        for (int y = 0; y < kLanes && c + y < d; ++y)
+          to[y * kTriangleValues + x] = from[static_cast<int64_t>(x) * d + y];
     }
   for (int t = 0; t < n; ++t, triangles += triangle_size(d), out += ld)
     for (int i = 0; i < count; i += kStep) {

@@ -188,7 +188,9 @@ struct Scores {
 constexpr int kDirectPairs = 4, kDirectDigits = 3;
 
 // unsigned: vpdpbusd takes codes + 128.
-inline __m512i flipped(__m512i codes) { return _mm512_xor_si512(codes, _mm512_set1_epi32(static_cast<int>(0x80808080u))); }
+inline __m512i flipped(__m512i codes) {
+  return _mm512_xor_si512(codes, _mm512_set1_epi32(static_cast<int>(0x80808080u)));
+}
 
 // f(word, kK vectors of it, chain 0 or 1 of sums), a line of `next` for each word.
 template <int kK, bool kDirect, bool kDigits, class F>
@@ -236,7 +238,7 @@ void digit_scores(int first_row, int group, const Scores& s) {
     }
   const int32_t* q = query.digits + first_row;
   each_key_word<kK, kDirect, true>(
-      s, lines_of<kK, kDirect ? kMaxRows : 4>(s, group), [&](int c, const __m512i* k, int) __attribute__((always_inline)) {
+      s, lines_of<kK, 4>(s, group), [&](int c, const __m512i* k, int) __attribute__((always_inline)) {
         const int32_t* at = q + 2 * rows * c;
 #pragma GCC unroll 8
         for (int i = 0; i < kQ; ++i) {
@@ -273,7 +275,7 @@ void pair_scores(int first_row, int group, const Scores& s) {
 #pragma GCC unroll 16
   for (int i = 0; i < kQ * kK * kChains; ++i) sums[i] = _mm512_setzero_ps();
   each_key_word<kK, kDirect, false>(
-      s, lines_of<kK, kDirect ? kMaxRows : 8>(s, group), [&](int c, const __m512i* k, int chain) __attribute__((always_inline)) {
+      s, lines_of<kK, 8>(s, group), [&](int c, const __m512i* k, int chain) __attribute__((always_inline)) {
         if (kChains == 1) chain = 0;
         const int32_t* at = q + rows * c;
 #pragma GCC unroll 8
@@ -373,7 +375,8 @@ void scores_of(const char* codes, const float* scales, int count, int d, const v
       __builtin_memset(rest + last * row, 0, static_cast<size_t>((kLanes - last) * row));
       from[vectors - 1] = rest;
     }
-    Scores s{from[0], keys, query, rows, d, row, {zero(), zero()}, first(last), out + key, ld, next ? next + at : from[0]};
+    Scores s{
+        from[0], keys, query, rows, d, row, {zero(), zero()}, first(last), out + key, ld, next ? next + at : from[0]};
     if (kDigits) {
       s.key_scale[0] = load_part(scales + key, least(kLanes, some));
       if (vectors == 2) s.key_scale[1] = load_part(scales + key + kLanes, last);
@@ -473,8 +476,7 @@ void softmax_rows(const SoftmaxStep& s) {
     const float* row = s.scores + i * s.ld + s.from;
     const Vec a = load(row), b = load(row + kLanes);
     const bool full = s.to - s.from == 2 * kLanes && s.begin[i] <= s.from && s.end[i] >= s.to;
-    const __mmask16 above =
-        _mm512_cmp_ps_mask((vmax(a, b) * scale).v, set1(s.max[i] + kSlack).v, _CMP_GT_OQ);
+    const __mmask16 above = _mm512_cmp_ps_mask((vmax(a, b) * scale).v, set1(s.max[i] + kSlack).v, _CMP_GT_OQ);
     if (!full || above) {
       softmax_row<kPairs>(s, i);
       continue;

@@ -107,7 +107,8 @@ struct AttentionOps {
   // sums[i] += 2^(scores[i] * scale - max) * factor
   void (*add_exponentials)(const float* scores, int64_t count, float scale, float max, float factor, float* sums);
   float (*max_of)(const float* x, int64_t count);
-  // lacuna::triangle_products for up to kTriangleValues values; `work` is [round_up(d, kTriangleRows), kTriangleValues].
+  // lacuna::triangle_products for up to kTriangleValues values; `work` is [round_up(d, kTriangleRows),
+  // kTriangleValues].
   void (*triangle_products)(const float* values, int count, int d, const float* triangles, int n, bool squares,
                             float* work, float* out, int64_t ld);
 };
