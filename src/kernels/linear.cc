@@ -56,9 +56,22 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
     r.n = n;
     r.k = k;
     r.macs = m * n * k;
-    r.weight_bytes = static_cast<int64_t>(w.weight.bytes()) + scale_bytes(w, n) + (w.bias ? n * 4 : 0);
+    const size_t panels = w.panels ? panel_bytes(ctx, w.weight) : 0;
+    r.weight_bytes = static_cast<int64_t>(panels ? panels : w.weight.bytes()) + scale_bytes(w, n) + (w.bias ? n * 4 : 0);
     r.activation_bytes = 4 * m * (k + n * (mode == LinearMode::kAccumulate ? 2 : 1));
   }
+}
+
+size_t panel_bytes(const Context& ctx, const Tensor& weight) {
+  check_matrix("panel_bytes", "the weight", weight);
+  return cpu::panel_bytes(ctx.activations, weight);
+}
+
+void pack_panels(Context& ctx, const Tensor& weight, void* panels) {
+  if (panel_bytes(ctx, weight) == 0) throw BadInput("pack_panels: no product takes the weight {} from panels", weight.shape_string());
+  if (!panels) throw BadInput("pack_panels: no memory for panels");
+  OpScope scope(ctx, OpKind::kCopy);
+  cpu::pack_panels(ctx, weight, panels);
 }
 
 void quantize_rows(Context& ctx, const Tensor& weight, int8_t* codes, float* scales) {

@@ -10,6 +10,7 @@ struct LinearWeight {
   Tensor weight;
   const float* row_scale = nullptr;
   const float* bias = nullptr;  // [N] or null
+  const void* panels = nullptr;  // the weights once more, packed (pack_panels), or null
   int64_t out() const { return weight.shape[0]; }
   int64_t in() const { return weight.shape[1]; }
 };
@@ -23,6 +24,13 @@ enum class LinearMode : uint8_t { kStore, kAccumulate };  // y = â€¦  |  y += â€
 // number of threads beyond the choice between the small-M and large-M body.
 void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, float* y,
             LinearMode mode = LinearMode::kStore, int64_t x_stride = 0, int64_t y_stride = 0);
+
+// A second copy of a weight of a model that stays in the caches, where unpacking the weights of every call costs as
+// much as reading them: bf16 words in the order in which products with bf16 activations take them. With it a product
+// has one body for any M, whose rows have the bits of the large-M body. Its bytes; 0 where no such product exists
+// (other activations, weights that bf16 does not hold, processors without bf16 pairs).
+size_t panel_bytes(const Context& ctx, const Tensor& weight);
+void pack_panels(Context& ctx, const Tensor& weight, void* panels);
 
 // Quantises rows symmetrically: code = round_half_even(w / scale), scale = amax / 127, for weights
 // of dtype f32, f16 or bf16 [N, K]. codes [N, K], scales [N]. An all-zero row gets scale 0.

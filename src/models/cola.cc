@@ -111,7 +111,8 @@ struct ColaModel::Body {
     info.vae_parameters = vae_weights.parameters();
     info.dit_parameters = dit_weights.parameters();
     info.weight_dtype = dit.weight_dtype();
-    info.weight_bytes = vae_weights.bytes() + dit_weights.bytes();
+    dit.pack(ctx);
+    info.weight_bytes = vae_weights.bytes() + dit_weights.bytes() + dit.packed_bytes();
     info.velocity_bytes = dit.velocity_bytes();
     info.timestep_bytes = dit.timestep_bytes();
     info.encode_bytes = vae.encode_bytes();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 
 #include "kernels/elementwise.h"
 
@@ -9,6 +10,9 @@ namespace lacuna {
 namespace {
 
 constexpr int64_t kSinusoid = 256;  // of a timestep
+// Weights that are packed once more, for the products of a velocity's layers: what the last-level cache of a small machine
+// holds beside its other users.
+constexpr size_t kPanelBytes = size_t{16} << 20;
 
 RopeConfig rope_of(double theta) {
   RopeConfig rope;
@@ -99,44 +103,89 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
   float* mixed = ctx.activation(ActivationSlot::kMixed, static_cast<size_t>(m * inner));
   float* wide = ctx.activation(ActivationSlot::kGate, static_cast<size_t>(m * config_.mlp_dim));
   float* branch = ctx.activation(ActivationSlot::kBranch, static_cast<size_t>(m * d));
+  const LayerNorm plain{nullptr, nullptr, config_.norm_eps};
+  const auto layers = static_cast<int>(layers_.size());
+
+  // Between two attentions rows go their own way. With packed weights they go it a few at a time, on one thread.
+  const auto rows = [&](const std::function<void(Context&, int64_t first, int64_t n)>& body) {
+    if (panels_ && !show)
+      lanes_.run(ctx, m, body);
+    else
+      body(ctx, 0, m);
+  };
+  const auto at = [&](int layer, int64_t part, int64_t first) {
+    return RowTable{table.layer(layer) + part * d, 6 * d, timestep + first};
+  };
+  const auto enter = [&](Context& c, int layer, int64_t first, int64_t n) {
+    const Layer& l = layers_[static_cast<size_t>(layer)];
+    float *h = hidden + first * d, *norm = normed + first * d, *q = qkv + first * 3 * inner, *k = q + inner;
+    c.layer = layer;
+    adaptive_norm(c, plain, h, n, d, at(layer, 0, first), norm);
+    if (show) show("dit", "msa_in", layer, norm, d, d);
+    linear(c, l.qkv, norm, n, q);
+    layer_norm(c, l.q_norm, q, n, config_.head_dim, q, LinearMode::kStore, config_.heads, 3 * inner);
+    layer_norm(c, l.k_norm, k, n, config_.head_dim, k, LinearMode::kStore, config_.heads, 3 * inner);
+    if (show) {
+      show("dit", "q_norm", layer, q, inner, 3 * inner);
+      show("dit", "k_norm", layer, k, inner, 3 * inner);
+    }
+    attention_.rotate(c, first, n, q, v || layer + 1 < layers);
+  };
+  const auto leave = [&](Context& c, int layer, int64_t first, int64_t n) {
+    const Layer& l = layers_[static_cast<size_t>(layer)];
+    float *h = hidden + first * d, *norm = normed + first * d, *b = branch + first * d, *w = wide + first * config_.mlp_dim;
+    c.layer = layer;
+    linear(c, l.out, mixed + first * inner, n, b);
+    if (show) show("dit", "attn", layer, b, d, d);
+    add_gated(c, b, n, d, at(layer, 2, first), h);
+    if (show) show("dit", "after_attn", layer, h, d, d);
+
+    adaptive_norm(c, plain, h, n, d, at(layer, 3, first), norm);
+    if (show) show("dit", "mlp_in", layer, norm, d, d);
+    linear(c, l.mlp_in, norm, n, w);
+    gelu_tanh(c, w, n * config_.mlp_dim);
+    linear(c, l.mlp_out, w, n, b);
+    if (show) show("dit", "mlp", layer, b, d, d);
+    add_gated(c, b, n, d, at(layer, 5, first), h);
+    if (show) show("dit", "hidden", layer, h, d, d);
+  };
+
   linear(ctx, in_, x, m, hidden);
   if (show) show("dit", "hidden", -1, hidden, d, d);
-  const LayerNorm plain{nullptr, nullptr, config_.norm_eps};
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    const Layer& l = layers_[i];
-    const int layer = static_cast<int>(i);
-    const auto at = [&](int64_t part) { return RowTable{table.layer(layer) + part * d, 6 * d, timestep}; };
+  rows([&](Context& c, int64_t first, int64_t n) { enter(c, 0, first, n); });
+  for (int layer = 0; layer < layers; ++layer) {
+    const bool last = layer + 1 == layers;
     ctx.layer = layer;
-    const bool last = !v && i + 1 == layers_.size();
-    adaptive_norm(ctx, plain, hidden, m, d, at(0), normed);
-    if (show) show("dit", "msa_in", layer, normed, d, d);
-    linear(ctx, l.qkv, normed, m, qkv);
-    layer_norm(ctx, l.q_norm, qkv, m, config_.head_dim, qkv, LinearMode::kStore, config_.heads, 3 * inner);
-    layer_norm(ctx, l.k_norm, qkv + inner, m, config_.head_dim, qkv + inner, LinearMode::kStore, config_.heads, 3 * inner);
-    if (show) {
-      show("dit", "q_norm", layer, qkv, inner, 3 * inner);
-      show("dit", "k_norm", layer, qkv + inner, inner, 3 * inner);
-    }
-    attention_.attend(ctx, layer, chunk, qkv, last ? nullptr : mixed);
-    if (last) break;
-    linear(ctx, l.out, mixed, m, branch);
-    if (show) show("dit", "attn", layer, branch, d, d);
-    add_gated(ctx, branch, m, d, at(2), hidden);
-    if (show) show("dit", "after_attn", layer, hidden, d, d);
-
-    adaptive_norm(ctx, plain, hidden, m, d, at(3), normed);
-    if (show) show("dit", "mlp_in", layer, normed, d, d);
-    linear(ctx, l.mlp_in, normed, m, wide);
-    gelu_tanh(ctx, wide, m * config_.mlp_dim);
-    linear(ctx, l.mlp_out, wide, m, branch);
-    if (show) show("dit", "mlp", layer, branch, d, d);
-    add_gated(ctx, branch, m, d, at(5), hidden);
-    if (show) show("dit", "hidden", layer, hidden, d, d);
+    attention_.attend(ctx, layer, chunk, qkv, last && !v ? nullptr : mixed);
+    if (last && !v) break;
+    rows([&](Context& c, int64_t first, int64_t n) {
+      leave(c, layer, first, n);
+      if (!last) enter(c, layer + 1, first, n);
+    });
   }
   ctx.layer = -1;
   if (!v) return;
   adaptive_norm(ctx, final_norm_, hidden, m, d, {table.final(), 2 * d, timestep}, normed);
   linear(ctx, out_, normed, m, v);
+}
+
+void Dit::pack(Context& ctx) {
+  std::vector<LinearWeight*> all;
+  for (Layer& l : layers_) all.insert(all.end(), {&l.qkv, &l.out, &l.mlp_in, &l.mlp_out});
+  size_t bytes = 0;
+  for (const LinearWeight* w : all) {
+    const size_t own = panel_bytes(ctx, w->weight);
+    if (own == 0) return;
+    bytes += own;
+  }
+  if (bytes > kPanelBytes) return;
+  panels_ = Buffer(ctx.memory, MemoryTag::kWeights, bytes);
+  std::byte* to = panels_.as<std::byte>();
+  for (LinearWeight* w : all) {
+    pack_panels(ctx, w->weight, to);
+    w->panels = to;
+    to += panel_bytes(ctx, w->weight);
+  }
 }
 
 size_t Dit::velocity_bytes() const {

@@ -5,6 +5,7 @@
 
 #include "formats/cola_config.h"
 #include "kernels/layer_norm.h"
+#include "kernels/row_lanes.h"
 #include "models/cola.h"
 #include "models/latent_attention.h"
 #include "models/text_vae.h"
@@ -23,6 +24,10 @@ class Dit {
   void forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const TimestepTable& table,
                const int32_t* timestep, const float* x, float* v, const ColaShow& show);
 
+  // Packs the weights of the layers once more if they are few enough to stay in a cache (LinearWeight::panels).
+  void pack(Context& ctx);
+  size_t packed_bytes() const { return panels_.bytes(); }
+
   DType weight_dtype() const { return layers_[0].qkv.weight.dtype; }
   size_t velocity_bytes() const, timestep_bytes() const;
 
@@ -39,6 +44,8 @@ class Dit {
   LayerNorm final_norm_;
   LinearWeight final_shift_scale_;
   LatentAttention attention_;
+  Buffer panels_;
+  RowLanes lanes_;
 };
 
 }  // namespace lacuna

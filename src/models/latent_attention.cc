@@ -62,6 +62,8 @@ void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayo
   const int64_t half = rope_dim_ / 2;
   float* cos = ctx.activation(ActivationSlot::kCos, static_cast<size_t>(chunk.rows * half));
   float* sin = ctx.activation(ActivationSlot::kSin, static_cast<size_t>(chunk.rows * half));
+  cos_ = cos;
+  sin_ = sin;
   layout_ = layout;
   for (const LatentPart& p : chunk.parts) {
     const RopeTable::Rows rows = rope_.rows(ctx, p.first_position, p.rows, p.first_position + p.rows);
@@ -90,17 +92,20 @@ void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayo
   }
 }
 
-void LatentAttention::attend(Context& ctx, int layer, const LatentChunk& chunk, float* qkv, float* mixed) {
-  const int64_t n = width(), stride = 3 * n;
-  const float* cos = ctx.activation(ActivationSlot::kCos, 0);
-  const float* sin = ctx.activation(ActivationSlot::kSin, 0);
+void LatentAttention::rotate(Context& ctx, int64_t first, int64_t rows, float* qkv, bool queries) const {
+  const int64_t n = width(), stride = 3 * n, half = rope_dim_ / 2;
+  const float *cos = cos_ + first * half, *sin = sin_ + first * half;
   for (float* x : {qkv, qkv + n}) {
-    if (x == qkv && !mixed) continue;
+    if (x == qkv && !queries) continue;
     if (pairs_ == Pairs::kHalves)
-      rope(ctx, x, chunk.rows, heads_, head_dim_, cos, sin, stride);
+      rope(ctx, x, rows, heads_, head_dim_, cos, sin, stride);
     else
-      rope_pairs(ctx, x, chunk.rows, heads_, head_dim_, rope_dim_, cos, sin, stride);
+      rope_pairs(ctx, x, rows, heads_, head_dim_, rope_dim_, cos, sin, stride);
   }
+}
+
+void LatentAttention::attend(Context& ctx, int layer, const LatentChunk& chunk, const float* qkv, float* mixed) {
+  const int64_t n = width(), stride = 3 * n;
 
   sequences_.clear();
   KvHeadView* own = views_.data();

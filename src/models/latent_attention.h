@@ -54,9 +54,11 @@ class LatentAttention {
   // Angles and memory for a chunk's layers. `layout` is that of all caches; rows without one are held in it as well,
   // from layer to layer. Uses the activation slots kCos and kSin.
   void begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout);
-  // One layer: turns q and k of qkv [rows, 3 * H * d] in place, appends k and v to the parts' caches, and writes
-  // mixed [rows, H * d]; null: nobody reads it.
-  void attend(Context& ctx, int layer, const LatentChunk& chunk, float* qkv, float* mixed);
+  // Turns k, and q where it is wanted, of `rows` rows of the chunk from `first` on; qkv [rows, 3 * H * d] is the first's.
+  void rotate(Context& ctx, int64_t first, int64_t rows, float* qkv, bool queries) const;
+  // One layer: appends k and v of qkv [rows, 3 * H * d], turned, to the parts' caches, and writes mixed [rows, H * d];
+  // null: nobody reads it.
+  void attend(Context& ctx, int layer, const LatentChunk& chunk, const float* qkv, float* mixed);
 
   int64_t width() const { return int64_t{heads_} * head_dim_; }
 
@@ -65,6 +67,7 @@ class LatentAttention {
   Pairs pairs_;
   int rope_dim_, heads_, head_dim_;
   int64_t block_;
+  const float *cos_ = nullptr, *sin_ = nullptr;  // of the chunk's rows
   // Keys and values of parts without a cache, of one layer: pages, and a view a part and head.
   Buffer pages_;
   std::vector<std::byte*> page_list_;

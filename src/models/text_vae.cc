@@ -66,6 +66,7 @@ void VaeStack::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& l
       layer_norm(ctx, b.q_norm, qkv, m, d, qkv, LinearMode::kStore, 1, 3 * d);
       layer_norm(ctx, b.k_norm, qkv + d, m, d, qkv + d, LinearMode::kStore, 1, 3 * d);
     }
+    attention_.rotate(ctx, 0, m, qkv, !last);
     attention_.attend(ctx, layer, chunk, qkv, last ? nullptr : mixed);
     if (last) break;
     // With post_norm the skip branch is normed, not what attention adds to it.

@@ -1,6 +1,7 @@
 #include "kernels/cpu/linear.h"
 
 #include <algorithm>
+#include <functional>
 
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/linear_bodies.h"
@@ -61,6 +62,29 @@ void linear_small(Context& ctx, const LinearBodies& b, Operand operand, const Li
   });
 }
 
+// With the weights' panels. A row's words are where the small-M bodies want them.
+void linear_panels(Context& ctx, const LinearBodies& b, const LinearWeight& w, const float* x, int64_t m, float* y,
+                   LinearMode mode, int64_t x_stride, int64_t y_stride) {
+  const PanelBodies& panels = b.panels();
+  const int64_t n = w.out(), k = w.in(), k_words = words(Operand::kBf16Pair, k), x_words = b.small_words(k_words);
+  float* packed = ctx.workspace<float>(ctx.shared_slot(), static_cast<size_t>(m * x_words));
+  const auto pack = [&](int64_t index, int) {
+    for (int64_t i = index * kPanelRows; i < std::min(m, (index + 1) * kPanelRows); ++i)
+      b.pack_small(Operand::kBf16Pair, x + i * x_stride, k, packed + i * x_words);
+  };
+  const int64_t row_pieces = ceil_div(m, kPanelRows), column_pieces = ceil_div(n, kPanelColumns);
+  ctx.pool.parallel_for(row_pieces, std::ref(pack));
+  const auto product = [&](int64_t index, int) {
+    const int64_t row = index / column_pieces * kPanelRows, first = index % column_pieces * kPanelColumns;
+    LinearPiece p = piece(w, Operand::kBf16Pair, row, std::min(kPanelRows, m - row), first,
+                          std::min(kPanelColumns, n - first), y, y_stride, mode);
+    p.weight = static_cast<const float*>(w.panels) + first * k_words;
+    p.x = packed + row * x_words;
+    panels.product(p, x_words);
+  };
+  ctx.pool.parallel_for(row_pieces * column_pieces, std::ref(product));
+}
+
 void linear_large(Context& ctx, const LinearBodies& b, Operand operand, const LinearWeight& w, const float* x,
                   int64_t m, float* y, LinearMode mode, int64_t x_stride, int64_t y_stride) {
   const int64_t n = w.out(), k = w.in(), k_words = words(operand, k);
@@ -106,8 +130,33 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
             int64_t x_stride, int64_t y_stride) {
   const LinearBodies& b = linear_bodies();
   const Operand operand = operand_for(ctx.activations, w.weight.dtype, b);
+  if (w.panels && operand == Operand::kBf16Pair) return linear_panels(ctx, b, w, x, m, y, mode, x_stride, y_stride);
   const auto body = m <= kMaxSmallRows ? linear_small : linear_large;
   body(ctx, b, operand, w, x, m, y, mode, x_stride, y_stride);
+}
+
+size_t panel_bytes(ActivationType activations, const Tensor& weight) {
+  const LinearBodies& b = linear_bodies();
+  if (!b.panels || operand_for(activations, weight.dtype, b) != Operand::kBf16Pair) return 0;
+  const int64_t lanes = b.panels().lanes;
+  return static_cast<size_t>(ceil_div(weight.shape[0], lanes) * lanes * words(Operand::kBf16Pair, weight.shape[1]) * 4);
+}
+
+void pack_panels(Context& ctx, const Tensor& weight, void* panels) {
+  const int64_t n = weight.shape[0], k = weight.shape[1], k_words = words(Operand::kBf16Pair, k);
+  const int64_t lanes = linear_bodies().panels().lanes;
+  const auto value = [&](int64_t row, int64_t i) -> uint32_t {
+    if (row >= n || i >= k) return 0;
+    const int64_t at = row * k + i;
+    const BF16 v = weight.dtype == DType::kBF16 ? weight.as<BF16>()[at] : to_bf16(static_cast<float>(weight.as<int8_t>()[at]));
+    return v.bits;
+  };
+  ctx.pool.parallel_for(ceil_div(n, lanes), [&](int64_t panel, int) {
+    uint32_t* to = static_cast<uint32_t*>(panels) + panel * k_words * lanes;
+    for (int64_t j = 0; j < k_words; ++j)
+      for (int64_t r = 0; r < lanes; ++r)
+        *to++ = value(panel * lanes + r, 2 * j) | value(panel * lanes + r, 2 * j + 1) << 16;
+  });
 }
 
 }  // namespace lacuna::cpu

@@ -100,12 +100,13 @@ struct Avx512 {
 #include "kernels/cpu/linear_body.h"
 
 template <bool kPairs>
-constexpr LinearBodies with_digits() {
+constexpr LinearBodies with_others() {
   LinearBodies b = Table<Avx512, kPairs>::bodies();
   b.digits = linear_digits_avx512;
+  b.panels = kPairs ? linear_panels_avx512 : nullptr;
   return b;
 }
-constexpr LinearBodies kBodies = with_digits<false>(), kBf16Bodies = with_digits<true>();
+constexpr LinearBodies kBodies = with_others<false>(), kBf16Bodies = with_others<true>();
 
 }  // namespace
 

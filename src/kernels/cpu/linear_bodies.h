@@ -84,11 +84,25 @@ struct DigitBodies {
 // What an int32 sum of a digit and a code, both as large as they get, takes of k.
 inline constexpr int64_t kMaxDigitK = int64_t{1} << 16;
 
+// Products of bf16 pairs with weights packed beforehand (LinearWeight::panels): word i of weight row n is word
+// [n / lanes][i][n % lanes].
+struct PanelBodies {
+  int lanes = 0;
+  // As LinearBodies::large for any m and count, x as for small with rows x_words apart; piece.weight is the panel of
+  // the first column, a multiple of lanes.
+  void (*product)(const LinearPiece& piece, int64_t x_words);
+};
+// Columns of a piece of such a product: what divides the work of small layers among a few threads.
+inline constexpr int64_t kPanelColumns = 96;
+// Rows of a piece: their words stay in the L1 or nearly.
+inline constexpr int64_t kPanelRows = 64;
+
 struct LinearBodies {
   // Floats in a vector, and so rows of x in a group of the large-M layout.
   int lanes = 0;
   bool bf16_pairs = false;  // has bodies for Operand::kBf16Pair
   const DigitBodies& (*digits)() = nullptr;  // null without VNNI
+  const PanelBodies& (*panels)() = nullptr;  // null without pairs
 
   // Small-M layout: row after row, each padded with zeros to small_words(words) words.
   int64_t (*small_words)(int64_t words);
@@ -123,6 +137,7 @@ const LinearBodies& linear_avx2();
 const LinearBodies& linear_avx512();
 const LinearBodies& linear_avx512_bf16();
 const DigitBodies& linear_digits_avx512();
+const PanelBodies& linear_panels_avx512();
 #endif
 
 }  // namespace lacuna::cpu

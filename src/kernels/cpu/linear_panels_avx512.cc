@@ -1,0 +1,94 @@
+// Products with weights that were packed once, for matrices that stay in the caches. Vectors run along N, so that a
+// load gives one word of k for 16 weight rows, words of x are broadcast as they lie, and rows of y come out as rows:
+// nothing is transposed in a call. Sums and their order are those of the large-M body, bit for bit.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "kernels/cpu/linear_bodies.h"
+
+namespace lacuna::cpu {
+namespace {
+
+constexpr int kLanes = 16;
+// Eight rows of x by three vectors of weights: 24 sums, the vectors and a broadcast fit 32 registers, and 11 loads
+// serve 24 multiply-adds. K = 192 of three vectors are 18 KB, which stay in the L1 for all rows of x.
+constexpr int kMostRows = 8, kMostVectors = 3;
+
+// kRows rows of x times kVectors panels; column 0 of y is the first panel's first.
+template <int kRows, int kVectors>
+void panel_tile(const LinearPiece& p, const float* x, int64_t x_words, const float* w, int64_t words, int64_t column,
+                float* y) {
+  __m512 sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_setzero_ps();
+  const int64_t panel = words * kLanes;
+  for (int64_t j = 0; j < words; ++j) {
+    __m512bh wv[kVectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) wv[v] = reinterpret_cast<__m512bh>(_mm512_loadu_ps(w + v * panel + j * kLanes));
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const auto xr = reinterpret_cast<__m512bh>(_mm512_set1_ps(x[r * x_words + j]));
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], xr, wv[v]);
+    }
+  }
+#pragma GCC unroll 3
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t first = column + v * kLanes, left = p.count - first;
+    const __mmask16 live = left >= kLanes ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+    const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(live, p.bias + first) : _mm512_setzero_ps();
+    const __m512 scale = p.row_scale ? _mm512_maskz_loadu_ps(live, p.row_scale + first) : _mm512_set1_ps(1.0f);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      float* to = y + r * p.y_stride + first;
+      __m512 value = _mm512_fmadd_ps(sum[r][v], scale, bias);
+      if (p.accumulate) value = _mm512_add_ps(_mm512_maskz_loadu_ps(live, to), value);
+      _mm512_mask_storeu_ps(to, live, value);
+    }
+  }
+}
+
+template <int kVectors>
+void panel_rows(const LinearPiece& p, int64_t x_words, const float* w, int64_t words, int64_t column) {
+  const float* x = static_cast<const float*>(p.x);
+  int64_t row = 0;
+  for (; row + kMostRows <= p.m; row += kMostRows)
+    panel_tile<kMostRows, kVectors>(p, x + row * x_words, x_words, w, words, column, p.y + row * p.y_stride);
+  const auto rest = [&](auto tile) { tile(p, x + row * x_words, x_words, w, words, column, p.y + row * p.y_stride); };
+  switch (p.m - row) {
+    case 1: return rest(panel_tile<1, kVectors>);
+    case 2: return rest(panel_tile<2, kVectors>);
+    case 3: return rest(panel_tile<3, kVectors>);
+    case 4: return rest(panel_tile<4, kVectors>);
+    case 5: return rest(panel_tile<5, kVectors>);
+    case 6: return rest(panel_tile<6, kVectors>);
+    case 7: return rest(panel_tile<7, kVectors>);
+  }
+}
+
+void product(const LinearPiece& p, int64_t x_words) {
+  const int64_t words = (p.k + 1) / 2, vectors = (p.count + kLanes - 1) / kLanes;
+  const float* w = static_cast<const float*>(p.weight);
+  for (int64_t v = 0; v < vectors;) {
+    const int64_t left = vectors - v;
+    // Four are two and two: few sums do not cover the latency of the products.
+    const int64_t take = left >= kMostVectors && left != kMostVectors + 1 ? kMostVectors : left >= 2 ? 2 : 1;
+    const auto rows = take == 3 ? panel_rows<3> : take == 2 ? panel_rows<2> : panel_rows<1>;
+    rows(p, x_words, w + v * words * kLanes, words, v * kLanes);
+    v += take;
+  }
+}
+
+constexpr PanelBodies kBodies{kLanes, product};
+
+}  // namespace
+
+const PanelBodies& linear_panels_avx512() { return kBodies; }
+
+}  // namespace lacuna::cpu
+
+#endif
