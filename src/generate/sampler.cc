@@ -66,8 +66,10 @@ int32_t Sampler::sample(std::span<float> logits, std::span<const int32_t> histor
   penalise(logits, history);
   if (params_.temperature == 0) {
     size_t best = 0;
-    for (size_t i = 1; i < logits.size(); ++i)
-      if (logits[i] > logits[best] || std::isnan(logits[best])) best = i;
+    while (best + 1 < logits.size() && std::isnan(logits[best])) ++best;
+    float top = logits[best];
+    for (size_t i = best + 1; i < logits.size(); ++i)
+      if (logits[i] > top) top = logits[best = i];
     return static_cast<int32_t>(best);
   }
   filter(logits);

@@ -56,22 +56,33 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
     r.n = n;
     r.k = k;
     r.macs = m * n * k;
-    const size_t panels = w.panels ? panel_bytes(ctx, w.weight) : 0;
+    const size_t panels = w.panels ? cpu::panel_bytes(ctx.activations, w.weight) : 0;
     r.weight_bytes = static_cast<int64_t>(panels ? panels : w.weight.bytes()) + scale_bytes(w, n) + (w.bias ? n * 4 : 0);
     r.activation_bytes = 4 * m * (k + n * (mode == LinearMode::kAccumulate ? 2 : 1));
   }
 }
 
-size_t panel_bytes(const Context& ctx, const Tensor& weight) {
-  check_matrix("panel_bytes", "the weight", weight);
-  return cpu::panel_bytes(ctx.activations, weight);
+size_t panel_bytes(const Context& ctx, const LinearWeight& w) {
+  check_weight("panel_bytes", w);
+  return cpu::panel_bytes(ctx.activations, w.weight);
 }
 
-void pack_panels(Context& ctx, const Tensor& weight, void* panels) {
-  if (panel_bytes(ctx, weight) == 0) throw BadInput("pack_panels: no product takes the weight {} from panels", weight.shape_string());
-  if (!panels) throw BadInput("pack_panels: no memory for panels");
-  OpScope scope(ctx, OpKind::kCopy);
-  cpu::pack_panels(ctx, weight, panels);
+Buffer pack_panels(Context& ctx, std::span<LinearWeight* const> weights, size_t most) {
+  size_t bytes = 0;
+  for (const LinearWeight* w : weights) {
+    const size_t own = panel_bytes(ctx, *w);
+    if (own == 0) return {};
+    bytes += own;
+  }
+  if (bytes > most) return {};
+  Buffer buffer(ctx.memory, MemoryTag::kWeights, bytes);
+  std::byte* to = buffer.as<std::byte>();
+  for (LinearWeight* w : weights) {
+    cpu::pack_panels(ctx, w->weight, to);
+    w->panels = to;
+    to += panel_bytes(ctx, *w);
+  }
+  return buffer;
 }
 
 void quantize_rows(Context& ctx, const Tensor& weight, int8_t* codes, float* scales) {

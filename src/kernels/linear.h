@@ -1,5 +1,7 @@
 #pragma once
 
+#include <span>
+
 #include "kernels/context.h"
 
 namespace lacuna {
@@ -29,8 +31,10 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
 // much as reading them: bf16 words in the order in which products with bf16 activations take them. With it a product
 // has one body for any M, whose rows have the bits of the large-M body. Its bytes; 0 where no such product exists
 // (other activations, weights that bf16 does not hold, processors without bf16 pairs).
-size_t panel_bytes(const Context& ctx, const Tensor& weight);
-void pack_panels(Context& ctx, const Tensor& weight, void* panels);
+size_t panel_bytes(const Context& ctx, const LinearWeight& w);
+// Gives all of them panels, which live in the result; none of them, and nothing, if one cannot have any or they would
+// take more than `most` bytes.
+Buffer pack_panels(Context& ctx, std::span<LinearWeight* const> weights, size_t most);
 
 // Quantises rows symmetrically: code = round_half_even(w / scale), scale = amax / 127, for weights
 // of dtype f32, f16 or bf16 [N, K]. codes [N, K], scales [N]. An all-zero row gets scale 0.

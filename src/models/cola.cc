@@ -111,8 +111,9 @@ struct ColaModel::Body {
     info.vae_parameters = vae_weights.parameters();
     info.dit_parameters = dit_weights.parameters();
     info.weight_dtype = dit.weight_dtype();
+    vae.pack(ctx);
     dit.pack(ctx);
-    info.weight_bytes = vae_weights.bytes() + dit_weights.bytes() + dit.packed_bytes();
+    info.weight_bytes = vae_weights.bytes() + dit_weights.bytes() + vae.packed_bytes() + dit.packed_bytes();
     info.velocity_bytes = dit.velocity_bytes();
     info.timestep_bytes = dit.timestep_bytes();
     info.encode_bytes = vae.encode_bytes();

@@ -10,10 +10,6 @@ namespace lacuna {
 namespace {
 
 constexpr int64_t kSinusoid = 256;  // of a timestep
-// Weights that are packed once more, for the products of a velocity's layers: what the last-level cache of a small machine
-// holds beside its other users.
-constexpr size_t kPanelBytes = size_t{16} << 20;
-
 RopeConfig rope_of(double theta) {
   RopeConfig rope;
   rope.theta = theta;
@@ -109,7 +105,7 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
   // Between two attentions rows go their own way. With packed weights they go it a few at a time, on one thread.
   const auto rows = [&](const std::function<void(Context&, int64_t first, int64_t n)>& body) {
     if (panels_ && !show)
-      lanes_.run(ctx, m, body);
+      lanes_.rows(ctx, m, body);
     else
       body(ctx, 0, m);
   };
@@ -156,7 +152,7 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
   for (int layer = 0; layer < layers; ++layer) {
     const bool last = layer + 1 == layers;
     ctx.layer = layer;
-    attention_.attend(ctx, layer, chunk, qkv, last && !v ? nullptr : mixed);
+    attention_.attend(ctx, lanes_, layer, chunk, qkv, last && !v ? nullptr : mixed);
     if (last && !v) break;
     rows([&](Context& c, int64_t first, int64_t n) {
       leave(c, layer, first, n);
@@ -172,20 +168,7 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
 void Dit::pack(Context& ctx) {
   std::vector<LinearWeight*> all;
   for (Layer& l : layers_) all.insert(all.end(), {&l.qkv, &l.out, &l.mlp_in, &l.mlp_out});
-  size_t bytes = 0;
-  for (const LinearWeight* w : all) {
-    const size_t own = panel_bytes(ctx, w->weight);
-    if (own == 0) return;
-    bytes += own;
-  }
-  if (bytes > kPanelBytes) return;
-  panels_ = Buffer(ctx.memory, MemoryTag::kWeights, bytes);
-  std::byte* to = panels_.as<std::byte>();
-  for (LinearWeight* w : all) {
-    pack_panels(ctx, w->weight, to);
-    w->panels = to;
-    to += panel_bytes(ctx, w->weight);
-  }
+  panels_ = pack_panels(ctx, all, kPanelBytes);
 }
 
 size_t Dit::velocity_bytes() const {

@@ -5,7 +5,6 @@
 
 #include "formats/cola_config.h"
 #include "kernels/layer_norm.h"
-#include "kernels/row_lanes.h"
 #include "models/cola.h"
 #include "models/latent_attention.h"
 #include "models/text_vae.h"
@@ -45,7 +44,7 @@ class Dit {
   LinearWeight final_shift_scale_;
   LatentAttention attention_;
   Buffer panels_;
-  RowLanes lanes_;
+  Lanes lanes_;
 };
 
 }  // namespace lacuna

@@ -104,34 +104,41 @@ void LatentAttention::rotate(Context& ctx, int64_t first, int64_t rows, float* q
   }
 }
 
-void LatentAttention::attend(Context& ctx, int layer, const LatentChunk& chunk, const float* qkv, float* mixed) {
+void LatentAttention::attend(Context& ctx, Lanes& lanes, int layer, const LatentChunk& chunk, const float* qkv,
+                             float* mixed) {
   const int64_t n = width(), stride = 3 * n;
-
   sequences_.clear();
   KvHeadView* own = views_.data();
   int64_t row = 0;
   for (const LatentPart& p : chunk.parts) {
-    const float* k = qkv + row * stride + n;
-    const float* v = k + n;
-    const KvHeadView* heads = own;
-    if (p.kv) {
-      p.kv->append(ctx, layer, k, v, p.rows, p.first_position, stride);
-      heads = p.kv->views(layer);
-    } else {
-      for (int h = 0; h < heads_; ++h) own[h].length = 0;
-      kv_append(ctx, layout_, own, heads_, k, v, p.rows, p.first_position, stride);
-      for (int h = 0; h < heads_; ++h) own[h].length = p.rows;
-      own += heads_;
-    }
     AttentionSequence s;
     s.q = qkv + row * stride;
     s.out = mixed ? mixed + row * n : nullptr;
     s.tokens = p.rows;
     s.first_position = p.first_position;
-    s.heads = heads;
+    s.heads = own;
+    if (!p.kv) own += heads_;
     sequences_.push_back(s);
     row += p.rows;
   }
+  const auto append = [&](Context& c, int64_t index) {
+    const LatentPart& p = chunk.parts[static_cast<size_t>(index)];
+    AttentionSequence& s = sequences_[static_cast<size_t>(index)];
+    const float *k = s.q + n, *v = k + n;
+    if (p.kv) {
+      p.kv->append(c, layer, k, v, p.rows, p.first_position, stride);
+      s.heads = p.kv->views(layer);
+      return;
+    }
+    KvHeadView* views = views_.data() + (s.heads - views_.data());
+    for (int h = 0; h < heads_; ++h) views[h].length = 0;
+    kv_append(c, layout_, views, heads_, k, v, p.rows, p.first_position, stride);
+    for (int h = 0; h < heads_; ++h) views[h].length = p.rows;
+  };
+  if (chunk.parts.size() == 1)
+    append(ctx, 0);
+  else
+    lanes.pieces(ctx, static_cast<int64_t>(chunk.parts.size()), append);
   if (!mixed) return;
   AttentionShape shape;
   shape.query_heads = shape.kv_heads = heads_;

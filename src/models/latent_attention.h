@@ -4,9 +4,14 @@
 #include <vector>
 
 #include "cache/kv_cache.h"
+#include "kernels/lanes.h"
 #include "models/rope_table.h"
 
 namespace lacuna {
+
+// What a stack of layers may take for panels of its weights (LinearWeight::panels): what the last-level cache of a small
+// machine holds beside its other users.
+inline constexpr size_t kPanelBytes = size_t{16} << 20;
 
 // Consecutive rows of one sequence in one sweep over the weights.
 struct LatentPart {
@@ -57,8 +62,8 @@ class LatentAttention {
   // Turns k, and q where it is wanted, of `rows` rows of the chunk from `first` on; qkv [rows, 3 * H * d] is the first's.
   void rotate(Context& ctx, int64_t first, int64_t rows, float* qkv, bool queries) const;
   // One layer: appends k and v of qkv [rows, 3 * H * d], turned, to the parts' caches, and writes mixed [rows, H * d];
-  // null: nobody reads it.
-  void attend(Context& ctx, int layer, const LatentChunk& chunk, const float* qkv, float* mixed);
+  // null: nobody reads it. A lane appends a part.
+  void attend(Context& ctx, Lanes& lanes, int layer, const LatentChunk& chunk, const float* qkv, float* mixed);
 
   int64_t width() const { return int64_t{heads_} * head_dim_; }
 

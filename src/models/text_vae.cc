@@ -1,6 +1,7 @@
 #include "models/text_vae.h"
 
 #include <algorithm>
+#include <functional>
 
 #include "kernels/elementwise.h"
 
@@ -55,36 +56,63 @@ void VaeStack::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& l
   float* mixed = ctx.activation(ActivationSlot::kMixed, static_cast<size_t>(m * d));
   float* both = ctx.activation(ActivationSlot::kGate, static_cast<size_t>(m * f));
   float* act = ctx.activation(ActivationSlot::kUp, static_cast<size_t>(m * f / 2));
-  for (size_t i = 0; i < blocks_.size(); ++i) {
-    const Block& b = blocks_[i];
-    const int layer = static_cast<int>(i);
-    ctx.layer = layer;
-    const bool last = to_caches && i + 1 == blocks_.size();
-    if (!post) layer_norm(ctx, b.norm_attn, x, m, d, normed);
-    linear(ctx, b.qkv, post ? x : normed, m, qkv);
-    if (config_.qk_norm) {
-      layer_norm(ctx, b.q_norm, qkv, m, d, qkv, LinearMode::kStore, 1, 3 * d);
-      layer_norm(ctx, b.k_norm, qkv + d, m, d, qkv + d, LinearMode::kStore, 1, 3 * d);
-    }
-    attention_.rotate(ctx, 0, m, qkv, !last);
-    attention_.attend(ctx, layer, chunk, qkv, last ? nullptr : mixed);
-    if (last) break;
-    // With post_norm the skip branch is normed, not what attention adds to it.
-    if (post) layer_norm(ctx, b.norm_attn, x, m, d, x);
-    linear(ctx, b.out, mixed, m, x, LinearMode::kAccumulate);
+  const auto blocks = static_cast<int>(blocks_.size());
 
-    if (!post) layer_norm(ctx, b.norm_ffn, x, m, d, normed);
-    linear(ctx, b.ffn_in, post ? x : normed, m, both);
-    silu_mul(ctx, both + f / 2, both, m, f / 2, act, f);  // the second half is the gate
-    if (post) {
-      linear(ctx, b.ffn_out, act, m, normed);
-      layer_norm(ctx, b.norm_ffn, normed, m, d, x, LinearMode::kAccumulate);
-    } else {
-      linear(ctx, b.ffn_out, act, m, x, LinearMode::kAccumulate);
+  // Between two attentions, as in the DiT.
+  const auto rows = [&](const std::function<void(Context&, int64_t first, int64_t n)>& body) {
+    if (blocks_[0].qkv.panels && !show)
+      lanes_.rows(ctx, m, body);
+    else
+      body(ctx, 0, m);
+  };
+  const auto enter = [&](Context& c, int layer, int64_t first, int64_t n) {
+    const Block& b = blocks_[static_cast<size_t>(layer)];
+    float *h = x + first * d, *norm = normed + first * d, *q = qkv + first * 3 * d, *k = q + d;
+    c.layer = layer;
+    if (!post) layer_norm(c, b.norm_attn, h, n, d, norm);
+    linear(c, b.qkv, post ? h : norm, n, q);
+    if (config_.qk_norm) {
+      layer_norm(c, b.q_norm, q, n, d, q, LinearMode::kStore, 1, 3 * d);
+      layer_norm(c, b.k_norm, k, n, d, k, LinearMode::kStore, 1, 3 * d);
     }
-    if (show) show(part_.c_str(), "hidden", layer, x, d, d);
+    attention_.rotate(c, first, n, q, !to_caches || layer + 1 < blocks);
+  };
+  const auto leave = [&](Context& c, int layer, int64_t first, int64_t n) {
+    const Block& b = blocks_[static_cast<size_t>(layer)];
+    float *h = x + first * d, *norm = normed + first * d, *gate = both + first * f, *a = act + first * f / 2;
+    c.layer = layer;
+    // With post_norm the skip branch is normed, not what attention adds to it.
+    if (post) layer_norm(c, b.norm_attn, h, n, d, h);
+    linear(c, b.out, mixed + first * d, n, h, LinearMode::kAccumulate);
+
+    if (!post) layer_norm(c, b.norm_ffn, h, n, d, norm);
+    linear(c, b.ffn_in, post ? h : norm, n, gate);
+    silu_mul(c, gate + f / 2, gate, n, f / 2, a, f);  // the second half is the gate
+    if (post) {
+      linear(c, b.ffn_out, a, n, norm);
+      layer_norm(c, b.norm_ffn, norm, n, d, h, LinearMode::kAccumulate);
+    } else {
+      linear(c, b.ffn_out, a, n, h, LinearMode::kAccumulate);
+    }
+    if (show) show(part_.c_str(), "hidden", layer, h, d, d);
+  };
+
+  rows([&](Context& c, int64_t first, int64_t n) { enter(c, 0, first, n); });
+  for (int layer = 0; layer < blocks; ++layer) {
+    const bool last = layer + 1 == blocks;
+    ctx.layer = layer;
+    attention_.attend(ctx, lanes_, layer, chunk, qkv, to_caches && last ? nullptr : mixed);
+    if (to_caches && last) break;
+    rows([&](Context& c, int64_t first, int64_t n) {
+      leave(c, layer, first, n);
+      if (!last) enter(c, layer + 1, first, n);
+    });
   }
   ctx.layer = -1;
+}
+
+void VaeStack::matrices(std::vector<LinearWeight*>& all) {
+  for (Block& b : blocks_) all.insert(all.end(), {&b.qkv, &b.out, &b.ffn_in, &b.ffn_out});
 }
 
 size_t VaeStack::bytes() const {
@@ -144,15 +172,28 @@ void TextVae::decode(Context& ctx, const LatentChunk& chunk, const KvLayout& lay
   decoder_.forward(ctx, chunk, layout, x, !logits, show);
   if (!logits) return;
 
-  float* tokens = ctx.activation(ActivationSlot::kBranch, static_cast<size_t>(m * patch * d));
-  linear(ctx, unpatch_, x, m, tokens);
-  if (patch > 1) {
-    float* by_token = ctx.activation(ActivationSlot::kGate, static_cast<size_t>(m * patch * d));
-    swap_patch(tokens, m, d, patch, by_token);
-    tokens = by_token;
-  }
-  layer_norm(ctx, final_norm_, tokens, m * patch, d, tokens);
-  linear(ctx, head_, tokens, m * patch, logits);
+  const auto wide = static_cast<size_t>(m * patch * d);
+  float* tokens = ctx.activation(ActivationSlot::kBranch, wide);
+  float* swapped = patch > 1 ? ctx.activation(ActivationSlot::kGate, wide) : tokens;
+  const auto name = [&](Context& c, int64_t first, int64_t n) {
+    const int64_t at = first * patch * d;
+    float* token = swapped + at;
+    linear(c, unpatch_, x + first * d, n, tokens + at);
+    if (patch > 1) swap_patch(tokens + at, n, d, patch, token);
+    layer_norm(c, final_norm_, token, n * patch, d, token);
+    linear(c, head_, token, n * patch, logits + first * patch * config_.vocab);
+  };
+  if (head_.panels)
+    lanes_.rows(ctx, m, name);
+  else
+    name(ctx, 0, m);
+}
+
+void TextVae::pack(Context& ctx) {
+  std::vector<LinearWeight*> all = {&patch_, &posterior_, &unpatch_, &head_};
+  encoder_.matrices(all);
+  decoder_.matrices(all);
+  panels_ = pack_panels(ctx, all, kPanelBytes);
 }
 
 size_t TextVae::encode_bytes() const { return linear_bytes(patch_) + encoder_.bytes() + linear_bytes(posterior_); }

@@ -24,6 +24,7 @@ class VaeStack {
   // x [chunk.rows, dim] in place. to_caches: x is not read any more, and what reaches no cache is not computed.
   void forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, float* x, bool to_caches,
                const ColaShow& show);
+  void matrices(std::vector<LinearWeight*>& all);  // appends
   size_t bytes() const;
   // … of what a forward to_caches does not read.
   size_t last_bytes() const;
@@ -37,6 +38,7 @@ class VaeStack {
   std::string part_;
   std::vector<Block> blocks_;
   LatentAttention attention_;
+  Lanes lanes_;
 };
 
 // Embedding and encoder to posterior, latents through the decoder to logits.
@@ -51,6 +53,10 @@ class TextVae {
   void decode(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const float* z, float* logits,
               const ColaShow& show);
 
+  // As Dit::pack.
+  void pack(Context& ctx);
+  size_t packed_bytes() const { return panels_.bytes(); }
+
   size_t encode_bytes() const, decode_bytes() const, append_bytes() const;
 
  private:
@@ -62,6 +68,8 @@ class TextVae {
   VaeStack decoder_;
   LinearWeight unpatch_, head_;               // [dim * patch, dim], [vocab, dim]
   LayerNorm final_norm_;
+  Buffer panels_;
+  Lanes lanes_;
 };
 
 }  // namespace lacuna

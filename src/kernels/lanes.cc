@@ -1,4 +1,4 @@
-#include "kernels/row_lanes.h"
+#include "kernels/lanes.h"
 
 #include <algorithm>
 
@@ -23,7 +23,7 @@ void add(OpRecord& sum, const OpRecord& r) {
 
 }  // namespace
 
-struct RowLanes::Lane : TraceSink {
+struct Lanes::Lane : TraceSink {
   explicit Lane(MemoryAccount& memory) : ctx(memory, 1) {}
   void record(const OpRecord& r) override {
     if (at == records.size())
@@ -37,8 +37,7 @@ struct RowLanes::Lane : TraceSink {
   size_t at = 0;                  // where the piece's next goes
 };
 
-void RowLanes::run(Context& ctx, int64_t m,
-                   const std::function<void(Context& lane, int64_t first, int64_t rows)>& body) {
+void Lanes::pieces(Context& ctx, int64_t count, const std::function<void(Context& lane, int64_t index)>& body) {
   const int64_t threads = ctx.pool.size();
   if (static_cast<int64_t>(lanes_.size()) != threads || &lanes_[0]->ctx.memory != &ctx.memory) {
     lanes_.clear();
@@ -46,28 +45,37 @@ void RowLanes::run(Context& ctx, int64_t m,
   }
   for (const auto& lane : lanes_) {
     lane->ctx.activations = ctx.activations;
+    lane->ctx.layer = ctx.layer;
     lane->ctx.trace = ctx.trace ? lane.get() : nullptr;
     lane->records.clear();
   }
-  // As many pieces as make the threads end together.
-  const int64_t pieces = threads * ceil_div(m, threads * kMostRows);
-  const int64_t rows = ceil_div(ceil_div(m, pieces), kRows) * kRows;
   const auto piece = [&](int64_t index, int thread) {
     Lane& lane = *lanes_[static_cast<size_t>(thread)];
     lane.at = 0;
-    body(lane.ctx, index * rows, std::min(rows, m - index * rows));
+    body(lane.ctx, index);
   };
-  ctx.pool.parallel_for(ceil_div(m, rows), std::ref(piece));
+  ctx.pool.parallel_for(count, std::ref(piece));
   if (!ctx.trace) return;
-  std::vector<OpRecord>& sum = std::max_element(lanes_.begin(), lanes_.end(), [](const auto& a, const auto& b) {
-                                 return a->records.size() < b->records.size();
-                               })->get()->records;
-  for (const auto& lane : lanes_)
-    for (size_t i = 0; &lane->records != &sum && i < lane->records.size(); ++i) add(sum[i], lane->records[i]);
-  for (OpRecord& r : sum) {
+  std::vector<OpRecord>* sum = &lanes_[0]->records;
+  for (const auto& lane : lanes_) {
+    std::vector<OpRecord>& other = lane->records;
+    if (&other == sum) continue;
+    if (sum->empty()) sum->swap(other);
+    for (size_t i = 0; i < other.size(); ++i) add((*sum)[i], other[i]);
+  }
+  for (OpRecord& r : *sum) {
     r.duration_ns /= threads;
     ctx.trace->record(r);
   }
+}
+
+void Lanes::rows(Context& ctx, int64_t m,
+                 const std::function<void(Context& lane, int64_t first, int64_t rows)>& body) {
+  // As many pieces as make the threads end together.
+  const int64_t threads = ctx.pool.size(), wanted = threads * ceil_div(m, threads * kMostRows);
+  const int64_t rows = ceil_div(ceil_div(m, wanted), kRows) * kRows;
+  pieces(ctx, ceil_div(m, rows),
+         [&](Context& lane, int64_t index) { body(lane, index * rows, std::min(rows, m - index * rows)); });
 }
 
 }  // namespace lacuna
