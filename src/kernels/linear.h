@@ -23,7 +23,7 @@ enum class LinearMode : uint8_t { kStore, kAccumulate };  // y = …  |  y += �
 // floats apart (0 = dense). Accumulates in f32. ctx.activations decides whether x is rounded to
 // bf16 first (kBF16) or used as it is. M = 1 … a few streams the weights once at memory speed;
 // large M packs panels. The result of a row does not depend on M's split, on other rows, or on the
-// number of threads beyond the choice between the small-M and large-M body.
+// number of threads beyond the choice between the small-M and large-M body (at 8 rows; int8 times bf16 pairs: 24).
 void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, float* y,
             LinearMode mode = LinearMode::kStore, int64_t x_stride = 0, int64_t y_stride = 0);
 

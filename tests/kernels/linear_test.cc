@@ -207,10 +207,63 @@ TEST(Linear, RowsDoNotDependOnEachOther) {
           }
         };
         check(8, {{0, 1}, {7, 1}, {2, 2}, {1, 3}, {3, 4}, {1, 5}, {0, 6}, {1, 7}});
-        check(rows, {{0, 9}, {5, 17}, {100, 33}, {17, 64}, {1, 257}});
+        check(rows, {{100, 33}, {17, 64}, {1, 257}});
+        // Codes times bf16 pairs change their path at 24 rows, the others at 8.
+        if (dtype == DType::kI8 && activations == ActivationType::kBF16 && isa == Isa::kAvx512Bf16)
+          check(24, {{0, 9}, {5, 17}, {1, 23}, {8, 16}});
+        else
+          check(rows, {{0, 9}, {5, 17}});
       }
     }
   }
+}
+
+// Packed weights: the products of few rows within the error of f32 sums, and of any number of rows with the bits that
+// the large-M body gives them without.
+TEST(Linear, PanelsChangeNoBits) {
+  std::mt19937 random(11);
+  for (const Case& c : {Case{1, 1}, Case{17, 33}, Case{48, 192}, Case{83, 611}, Case{200, 128}}) {
+    const int64_t n = c.n, k = c.k, x_stride = k + 3, y_stride = n + 5;
+    for (DType dtype : kWeightTypes) {
+      const Weight w(dtype, n, k, n % 2 == 1, random);
+      for (Isa isa : reachable_isas()) {
+        ScopedIsa scoped(isa);
+        MemoryAccount memory;
+        Context ctx(memory, 2);
+        LinearWeight packed = w.view;
+        LinearWeight* const list[] = {&packed};
+        const Buffer panels = pack_panels(ctx, list, size_t{1} << 20);
+        const bool has = isa == Isa::kAvx512Bf16 && (dtype == DType::kBF16 || dtype == DType::kI8);
+        ASSERT_EQ(packed.panels != nullptr, has);
+        ASSERT_EQ(panels.bytes(), has ? panel_bytes(ctx, packed) : 0);
+        if (!has) continue;
+        const int64_t most = 150;
+        const std::vector<float> x = normal_floats(most * x_stride, random), before = normal_floats(most * y_stride, random);
+        for (LinearMode mode : {LinearMode::kStore, LinearMode::kAccumulate}) {
+          std::vector<float> want = before;
+          linear(ctx, w.view, x.data(), most, want.data(), mode, x_stride, y_stride);
+          for (int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 29, 64, 65, 150}) {
+            std::vector<float> y = before;
+            linear(ctx, packed, x.data(), m, y.data(), mode, x_stride, y_stride);
+            ASSERT_TRUE(std::equal(y.begin(), y.begin() + m * y_stride, want.begin())) << n << " x " << k << ", " << m << " rows";
+            ASSERT_TRUE(std::equal(y.begin() + m * y_stride, y.end(), before.begin() + m * y_stride));
+          }
+        }
+        ctx.activations = ActivationType::kF32;  // no panels for these: the weights themselves
+        std::vector<float> y(static_cast<size_t>(9 * n)), want(y.size());
+        linear(ctx, packed, x.data(), 9, y.data());
+        linear(ctx, w.view, x.data(), 9, want.data());
+        ASSERT_EQ(y, want);
+      }
+    }
+  }
+  MemoryAccount memory;
+  Context ctx(memory, 1);
+  const Weight w(DType::kBF16, 16, 16, false, random);
+  LinearWeight one = w.view, other = w.view;
+  LinearWeight* const both[] = {&one, &other};
+  EXPECT_FALSE(pack_panels(ctx, both, 16 * 16 * 2 * 2 - 1));  // too many bytes
+  EXPECT_FALSE(one.panels);
 }
 
 TEST(Linear, AccumulatesWithStridesAndAddsBiasOnce) {

@@ -66,6 +66,19 @@ Isa detected_isa() {
 #endif
 }
 
+bool has_full_width_units() {
+#if defined(__x86_64__)
+  static const bool has = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+    return (a >> 8 & 15) == 15 && (a >> 20 & 255) >= 11;  // base family 15 and the extended one on top: 26
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 Isa cpu_isa() {
   int now = level.load(std::memory_order_relaxed);
   if (now < 0) {

@@ -24,6 +24,11 @@ Isa detected_isa();
 // (read once). Throws BadInput if the variable names no level or one this machine lacks.
 Isa cpu_isa();
 
+// Whether 512-bit operations run in units as wide, so that widening weights in registers hides behind the memory:
+// AMD family 1Ah (Zen 5) on. Its bit for it (8000001Ah, FP512) is not shown to every virtual machine. Others were
+// not measured.
+bool has_full_width_units();
+
 // Holds cpu_isa() at a level while it lives, so that one test process runs every body. Not to be
 // used while other threads run kernels; the level must not exceed detected_isa().
 class ScopedIsa {

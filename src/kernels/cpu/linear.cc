@@ -43,7 +43,9 @@ LinearPiece piece(const LinearWeight& w, Operand operand, int64_t row, int64_t m
 void linear_small(Context& ctx, const LinearBodies& b, Operand operand, const LinearWeight& w, const float* x,
                   int64_t m, float* y, LinearMode mode, int64_t x_stride, int64_t y_stride) {
   const int64_t n = w.out(), k = w.in();
-  const DigitBodies* digits = w.weight.dtype == DType::kI8 && k < kMaxDigitK && b.digits ? &b.digits() : nullptr;
+  const bool narrow = w.weight.dtype == DType::kI8 && k < kMaxDigitK && m <= kMaxSmallRows;
+  const bool widens = b.bf16_pairs && has_full_width_units();
+  const DigitBodies* digits = narrow && b.digits && !widens ? &b.digits() : nullptr;
   const int64_t row_words = digits ? digits->words(k) : b.small_words(words(operand, k));
   float* packed = ctx.workspace<float>(ctx.shared_slot(), static_cast<size_t>(m * row_words));
   for (int64_t i = 0; i < m; ++i)
@@ -56,9 +58,12 @@ void linear_small(Context& ctx, const LinearBodies& b, Operand operand, const Li
   const int64_t rows = std::max<int64_t>(1, kSmallPieceBytes / row_bytes / kMaxSmallRows) * kMaxSmallRows;
   ctx.pool.parallel_runs(ceil_div(n, rows), [&](int64_t index, int) {
     const int64_t first = index * rows;
-    LinearPiece p = piece(w, operand, 0, m, first, std::min(rows, n - first), y, y_stride, mode);
-    p.x = packed;
-    digits ? digits->small(p) : b.small(p);
+    for (int64_t row = 0; row < m; row += kMaxSmallRows) {
+      LinearPiece p = piece(w, operand, row, std::min<int64_t>(kMaxSmallRows, m - row), first,
+                            std::min(rows, n - first), y, y_stride, mode);
+      p.x = packed + row * row_words;
+      digits ? digits->small(p) : b.small(p);
+    }
   });
 }
 
@@ -131,7 +136,8 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
   const LinearBodies& b = linear_bodies();
   const Operand operand = operand_for(ctx.activations, w.weight.dtype, b);
   if (w.panels && operand == Operand::kBf16Pair) return linear_panels(ctx, b, w, x, m, y, mode, x_stride, y_stride);
-  const auto body = m <= kMaxSmallRows ? linear_small : linear_large;
+  const bool pair_codes = w.weight.dtype == DType::kI8 && operand == Operand::kBf16Pair;
+  const auto body = m <= (pair_codes ? kMaxSmallCodeRows : kMaxSmallRows) ? linear_small : linear_large;
   body(ctx, b, operand, w, x, m, y, mode, x_stride, y_stride);
 }
 

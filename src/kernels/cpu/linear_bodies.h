@@ -20,6 +20,10 @@ inline int64_t words(Operand operand, int64_t k) { return operand == Operand::kB
 // Rows of x that one small-M call takes: with one weight row in flight and one accumulator a product,
 // eight products are what two FMA units with a latency of four cycles need to stay busy.
 inline constexpr int kMaxSmallRows = 8;
+// Up to so many rows the small-M body takes int8 codes times bf16 pairs, eight rows after eight over each piece of
+// weights: it widens them in registers, while the large-M body stores and reloads what it widened and works in steps of
+// 16 rows. One thread, 8192 x 1536 streamed, M = 9, 16, 24: 302, 376, 382 GFLOP/s, 202, 357, 356 with panels.
+inline constexpr int kMaxSmallCodeRows = 24;
 // Bytes of weights that a small-M body asks for ahead of the tile that it works on. A core draws some 25 GB/s
 // while the others draw theirs, and memory answers within 150 ns under load: 4 KB are on their way, with a
 // margin of four. Measured best of 8 … 32 KB (bench/NOTES.md).
@@ -72,7 +76,8 @@ struct LinearPiece {
   bool accumulate = false;
 };
 
-// Small-M products with int8 weights whose activations come in int8 digits (linear_digits_avx512.cc has the error).
+// Small-M products with int8 weights whose activations come in int8 digits (linear_digits_avx512.cc has the error): for
+// machines that widen codes more slowly than memory delivers them.
 struct DigitBodies {
   // Words of a packed row of k values.
   int64_t (*words)(int64_t k);
