@@ -69,8 +69,7 @@ void Lanes::pieces(Context& ctx, int64_t count, const std::function<void(Context
   }
 }
 
-void Lanes::rows(Context& ctx, int64_t m,
-                 const std::function<void(Context& lane, int64_t first, int64_t rows)>& body) {
+void Lanes::rows(Context& ctx, int64_t m, const std::function<void(Context& lane, int64_t first, int64_t rows)>& body) {
   // As many pieces as make the threads end together.
   const int64_t threads = ctx.pool.size(), wanted = threads * ceil_div(m, threads * kMostRows);
   const int64_t rows = ceil_div(ceil_div(m, wanted), kRows) * kRows;

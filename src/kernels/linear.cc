@@ -57,7 +57,8 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
     r.k = k;
     r.macs = m * n * k;
     const size_t panels = w.panels ? cpu::panel_bytes(ctx.activations, w.weight) : 0;
-    r.weight_bytes = static_cast<int64_t>(panels ? panels : w.weight.bytes()) + scale_bytes(w, n) + (w.bias ? n * 4 : 0);
+    r.weight_bytes =
+        static_cast<int64_t>(panels ? panels : w.weight.bytes()) + scale_bytes(w, n) + (w.bias ? n * 4 : 0);
     r.activation_bytes = 4 * m * (k + n * (mode == LinearMode::kAccumulate ? 2 : 1));
   }
 }
@@ -80,7 +81,8 @@ Buffer pack_panels(Context& ctx, std::span<LinearWeight* const> weights, size_t 
   for (LinearWeight* w : weights) {
     cpu::pack_panels(ctx, w->weight, to);
     w->panels = to;
-    to += panel_bytes(ctx, *w);
+    w->panel_bytes = panel_bytes(ctx, *w);
+    to += w->panel_bytes;
   }
   return buffer;
 }

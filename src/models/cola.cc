@@ -108,11 +108,11 @@ struct ColaModel::Body {
         vae(config.vae, placed(vae_weights)),
         dit_weights(ctx, ModelFiles::open(config.dit_dir), options),
         dit(config.dit, placed(dit_weights)) {
+    vae.pack(ctx);
+    dit.pack(ctx);
     info.vae_parameters = vae_weights.parameters();
     info.dit_parameters = dit_weights.parameters();
     info.weight_dtype = dit.weight_dtype();
-    vae.pack(ctx);
-    dit.pack(ctx);
     info.weight_bytes = vae_weights.bytes() + dit_weights.bytes() + vae.packed_bytes() + dit.packed_bytes();
     info.velocity_bytes = dit.velocity_bytes();
     info.timestep_bytes = dit.timestep_bytes();

@@ -129,7 +129,8 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
   };
   const auto leave = [&](Context& c, int layer, int64_t first, int64_t n) {
     const Layer& l = layers_[static_cast<size_t>(layer)];
-    float *h = hidden + first * d, *norm = normed + first * d, *b = branch + first * d, *w = wide + first * config_.mlp_dim;
+    float *h = hidden + first * d, *norm = normed + first * d, *b = branch + first * d,
+          *w = wide + first * config_.mlp_dim;
     c.layer = layer;
     linear(c, l.out, mixed + first * inner, n, b);
     if (show) show("dit", "attn", layer, b, d, d);

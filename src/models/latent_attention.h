@@ -9,8 +9,8 @@
 
 namespace lacuna {
 
-// What a stack of layers may take for panels of its weights (LinearWeight::panels): what the last-level cache of a small
-// machine holds beside its other users.
+// What a stack of layers may take for panels of its weights (LinearWeight::panels): what the last-level cache of a
+// small machine holds beside its other users.
 inline constexpr size_t kPanelBytes = size_t{16} << 20;
 
 // Consecutive rows of one sequence in one sweep over the weights.
@@ -59,7 +59,8 @@ class LatentAttention {
   // Angles and memory for a chunk's layers. `layout` is that of all caches; rows without one are held in it as well,
   // from layer to layer. Uses the activation slots kCos and kSin.
   void begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout);
-  // Turns k, and q where it is wanted, of `rows` rows of the chunk from `first` on; qkv [rows, 3 * H * d] is the first's.
+  // Turns k, and q where it is wanted, of `rows` rows of the chunk from `first` on; qkv [rows, 3 * H * d] is the
+  // first's.
   void rotate(Context& ctx, int64_t first, int64_t rows, float* qkv, bool queries) const;
   // One layer: appends k and v of qkv [rows, 3 * H * d], turned, to the parts' caches, and writes mixed [rows, H * d];
   // null: nobody reads it. A lane appends a part.

@@ -21,7 +21,7 @@ bool is_float(DType t) { return t == DType::kF32 || t == DType::kF16 || t == DTy
 }  // namespace
 
 size_t linear_bytes(const LinearWeight& w) {
-  return w.weight.bytes() + (w.row_scale ? static_cast<size_t>(w.out()) * 4 : 0) +
+  return (w.panels ? w.panel_bytes : w.weight.bytes()) + (w.row_scale ? static_cast<size_t>(w.out()) * 4 : 0) +
          (w.bias ? static_cast<size_t>(w.out()) * 4 : 0);
 }
 

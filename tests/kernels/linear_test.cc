@@ -238,14 +238,16 @@ TEST(Linear, PanelsChangeNoBits) {
         ASSERT_EQ(panels.bytes(), has ? panel_bytes(ctx, packed) : 0);
         if (!has) continue;
         const int64_t most = 150;
-        const std::vector<float> x = normal_floats(most * x_stride, random), before = normal_floats(most * y_stride, random);
+        const std::vector<float> x = normal_floats(most * x_stride, random),
+                                 before = normal_floats(most * y_stride, random);
         for (LinearMode mode : {LinearMode::kStore, LinearMode::kAccumulate}) {
           std::vector<float> want = before;
           linear(ctx, w.view, x.data(), most, want.data(), mode, x_stride, y_stride);
           for (int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 29, 64, 65, 150}) {
             std::vector<float> y = before;
             linear(ctx, packed, x.data(), m, y.data(), mode, x_stride, y_stride);
-            ASSERT_TRUE(std::equal(y.begin(), y.begin() + m * y_stride, want.begin())) << n << " x " << k << ", " << m << " rows";
+            ASSERT_TRUE(std::equal(y.begin(), y.begin() + m * y_stride, want.begin()))
+                << n << " x " << k << ", " << m << " rows";
             ASSERT_TRUE(std::equal(y.begin() + m * y_stride, y.end(), before.begin() + m * y_stride));
           }
         }

@@ -561,30 +561,64 @@ TEST(Cola, LoadsTheOtherLayouts) {
 
 // What a call reads of the weights is what the ledger counts.
 TEST(Cola, BytesAreThoseOfTheLedger) {
-  const ColaCheckpoint c(ColaSpec{});
-  Engine e(c);
-  OpTotals totals;
-  const auto weights = [&](const auto& call) {
-    totals.reset();
-    e.ctx.trace = &totals;
-    call();
-    e.ctx.trace = nullptr;
-    return static_cast<size_t>(totals.of(OpKind::kGemm).weight_bytes);
-  };
-  const ColaInfo& info = e.model->info();
-  ColaState s = e.state();
-  const int64_t bs = c.spec.block;
-  const Floats x = normals(2 * bs * c.spec.latent, 1);
-  const std::vector<LatentRows> rows = {{&s, bs, 0}, {nullptr, bs, 0}};
-  TimestepTable table;
-  EXPECT_EQ(weights([&] { table = e.model->make_timesteps(e.ctx, Floats{0, 500}); }), info.timestep_bytes);
-  Floats v(x.size()), logits(static_cast<size_t>(2 * bs * c.spec.vocab));
-  const std::vector<int32_t> at(static_cast<size_t>(2 * bs));
-  EXPECT_EQ(weights([&] { e.model->velocity(e.ctx, table, at, x.data(), rows, v.data()); }), info.velocity_bytes);
-  EXPECT_EQ(weights([&] { e.model->decode(e.ctx, x.data(), rows, logits.data()); }), info.decode_bytes);
-  EXPECT_EQ(weights([&] { e.model->decode(e.ctx, x.data(), rows, nullptr); }), info.append_bytes);
-  EXPECT_EQ(weights([&] { e.encode({1, 2, 3}, {3}); }), info.encode_bytes);
-  EXPECT_GT(totals.of(OpKind::kEmbed).calls, 0);
+  const ColaCheckpoint wide(ColaSpec{}), narrow(ColaSpec{}, DType::kBF16);
+  for (const bool packed : {false, true}) {
+    const ColaCheckpoint& c = packed ? narrow : wide;
+    Engine e(c, 2, {}, 0, packed ? ActivationType::kBF16 : ActivationType::kF32);
+    OpTotals totals;
+    const auto weights = [&](const auto& call) {
+      totals.reset();
+      e.ctx.trace = &totals;
+      call();
+      e.ctx.trace = nullptr;
+      return static_cast<size_t>(totals.of(OpKind::kGemm).weight_bytes);
+    };
+    const ColaInfo& info = e.model->info();
+    ColaState s = e.state();
+    const int64_t bs = c.spec.block;
+    const Floats x = normals(2 * bs * c.spec.latent, 1);
+    const std::vector<LatentRows> rows = {{&s, bs, 0}, {nullptr, bs, 0}};
+    TimestepTable table;
+    EXPECT_EQ(weights([&] { table = e.model->make_timesteps(e.ctx, Floats{0, 500}); }), info.timestep_bytes);
+    Floats v(x.size()), logits(static_cast<size_t>(2 * bs * c.spec.vocab));
+    const std::vector<int32_t> at(static_cast<size_t>(2 * bs));
+    EXPECT_EQ(weights([&] { e.model->velocity(e.ctx, table, at, x.data(), rows, v.data()); }), info.velocity_bytes);
+    EXPECT_EQ(weights([&] { e.model->decode(e.ctx, x.data(), rows, logits.data()); }), info.decode_bytes);
+    EXPECT_EQ(weights([&] { e.model->decode(e.ctx, x.data(), rows, nullptr); }), info.append_bytes);
+    EXPECT_EQ(weights([&] { e.encode({1, 2, 3}, {3}); }), info.encode_bytes);
+    EXPECT_GT(totals.of(OpKind::kEmbed).calls, 0);
+  }
+}
+
+// Rows that go through the layers a few at a time, on one thread, have the bits of whole batches: an observer wants
+// those.
+TEST(Cola, RowsOnThreadsOfTheirOwnHaveTheBitsOfTheBatch) {
+  ColaSpec spec;
+  const ColaCheckpoint c(spec, DType::kBF16);
+  struct Nobody : ColaObserver {
+    void on_tensor(const ColaTap&) override {}
+  } nobody;
+  const int64_t bs = spec.block, rows_of[] = {2 * bs, bs, bs, 3 * bs};
+  const Floats x = normals(7 * bs * spec.latent, 1);
+  Floats want_v, want_logits;
+  for (const int threads : {1, 2, 3}) {
+    for (const bool watched : {true, false}) {
+      Engine e(c, threads, {}, 0, ActivationType::kBF16);
+      if (watched) e.model->observe(&nobody);
+      ColaState a = e.state(), b = e.state();
+      const std::vector<LatentRows> rows = {
+          {&a, rows_of[0], bs}, {nullptr, rows_of[1]}, {&b, rows_of[2]}, {nullptr, rows_of[3]}};
+      const TimestepTable table = e.model->make_timesteps(e.ctx, Floats{0, 500});
+      std::vector<int32_t> at(static_cast<size_t>(7 * bs));
+      for (size_t i = 0; i < at.size(); ++i) at[i] = static_cast<int32_t>(i % 2);
+      Floats v(x.size()), logits(static_cast<size_t>(7 * bs * spec.patch * spec.vocab));
+      e.model->velocity(e.ctx, table, at, x.data(), rows, v.data());
+      e.model->decode(e.ctx, x.data(), rows, logits.data());
+      if (want_v.empty()) want_v = v, want_logits = logits;
+      EXPECT_EQ(v, want_v) << threads << watched;
+      EXPECT_EQ(logits, want_logits) << threads << watched;
+    }
+  }
 }
 
 }  // namespace

@@ -154,7 +154,8 @@ void pack_panels(Context& ctx, const Tensor& weight, void* panels) {
   const auto value = [&](int64_t row, int64_t i) -> uint32_t {
     if (row >= n || i >= k) return 0;
     const int64_t at = row * k + i;
-    const BF16 v = weight.dtype == DType::kBF16 ? weight.as<BF16>()[at] : to_bf16(static_cast<float>(weight.as<int8_t>()[at]));
+    const BF16 v =
+        weight.dtype == DType::kBF16 ? weight.as<BF16>()[at] : to_bf16(static_cast<float>(weight.as<int8_t>()[at]));
     return v.bits;
   };
   ctx.pool.parallel_for(ceil_div(n, lanes), [&](int64_t panel, int) {

@@ -440,6 +440,7 @@ struct Table {
     return widen_values<S>(static_cast<const int8_t*>(from), count, to);
   }
   static constexpr LinearBodies bodies() {
-    return {S::kLanes, kPairs, nullptr, nullptr, small_words, pack_small, small, pack_group, large, widen, quantize_values};
+    return {S::kLanes, kPairs,     nullptr, nullptr, small_words,    pack_small,
+            small,     pack_group, large,   widen,   quantize_values};
   }
 };

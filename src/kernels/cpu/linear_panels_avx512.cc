@@ -60,13 +60,20 @@ void panel_rows(const LinearPiece& p, int64_t x_words, const float* w, int64_t w
     panel_tile<kMostRows, kVectors>(p, x + row * x_words, x_words, w, words, column, p.y + row * p.y_stride);
   const auto rest = [&](auto tile) { tile(p, x + row * x_words, x_words, w, words, column, p.y + row * p.y_stride); };
   switch (p.m - row) {
-    case 1: return rest(panel_tile<1, kVectors>);
-    case 2: return rest(panel_tile<2, kVectors>);
-    case 3: return rest(panel_tile<3, kVectors>);
-    case 4: return rest(panel_tile<4, kVectors>);
-    case 5: return rest(panel_tile<5, kVectors>);
-    case 6: return rest(panel_tile<6, kVectors>);
-    case 7: return rest(panel_tile<7, kVectors>);
+    case 1:
+      return rest(panel_tile<1, kVectors>);
+    case 2:
+      return rest(panel_tile<2, kVectors>);
+    case 3:
+      return rest(panel_tile<3, kVectors>);
+    case 4:
+      return rest(panel_tile<4, kVectors>);
+    case 5:
+      return rest(panel_tile<5, kVectors>);
+    case 6:
+      return rest(panel_tile<6, kVectors>);
+    case 7:
+      return rest(panel_tile<7, kVectors>);
   }
 }
 
