@@ -10,6 +10,7 @@ namespace lacuna {
 namespace {
 
 constexpr int64_t kSinusoid = 256;  // of a timestep
+
 RopeConfig rope_of(double theta) {
   RopeConfig rope;
   rope.theta = theta;
