@@ -52,29 +52,13 @@ void panel_tile(const LinearPiece& p, const float* x, int64_t x_words, const flo
   }
 }
 
-template <int kVectors>
-void panel_rows(const LinearPiece& p, int64_t x_words, const float* w, int64_t words, int64_t column) {
-  const float* x = static_cast<const float*>(p.x);
-  int64_t row = 0;
-  for (; row + kMostRows <= p.m; row += kMostRows)
-    panel_tile<kMostRows, kVectors>(p, x + row * x_words, x_words, w, words, column, p.y + row * p.y_stride);
-  const auto rest = [&](auto tile) { tile(p, x + row * x_words, x_words, w, words, column, p.y + row * p.y_stride); };
-  switch (p.m - row) {
-    case 1:
-      return rest(panel_tile<1, kVectors>);
-    case 2:
-      return rest(panel_tile<2, kVectors>);
-    case 3:
-      return rest(panel_tile<3, kVectors>);
-    case 4:
-      return rest(panel_tile<4, kVectors>);
-    case 5:
-      return rest(panel_tile<5, kVectors>);
-    case 6:
-      return rest(panel_tile<6, kVectors>);
-    case 7:
-      return rest(panel_tile<7, kVectors>);
-  }
+template <int kVectors, int kRows = kMostRows>
+void panel_rows(const LinearPiece& p, int64_t row, int64_t x_words, const float* w, int64_t words, int64_t column) {
+  for (; row + kRows <= p.m; row += kRows)
+    panel_tile<kRows, kVectors>(p, static_cast<const float*>(p.x) + row * x_words, x_words, w, words, column,
+                                p.y + row * p.y_stride);
+  if constexpr (kRows > 1)
+    if (row < p.m) panel_rows<kVectors, kRows - 1>(p, row, x_words, w, words, column);
 }
 
 void product(const LinearPiece& p, int64_t x_words) {
@@ -85,7 +69,7 @@ void product(const LinearPiece& p, int64_t x_words) {
     // Four are two and two: few sums do not cover the latency of the products.
     const int64_t take = left >= kMostVectors && left != kMostVectors + 1 ? kMostVectors : left >= 2 ? 2 : 1;
     const auto rows = take == 3 ? panel_rows<3> : take == 2 ? panel_rows<2> : panel_rows<1>;
-    rows(p, x_words, w + v * words * kLanes, words, v * kLanes);
+    rows(p, 0, x_words, w + v * words * kLanes, words, v * kLanes);
     v += take;
   }
 }
