@@ -5,6 +5,7 @@ writes OUT/ablation.json (losses, reconstruction, flow by t) and OUT/ablation.np
 the same prompts); `--judge` afterwards, on any machine, adds the likelihood that a model gives to the texts.
 """
 import argparse
+import itertools
 import json
 import time
 import traceback
@@ -62,13 +63,14 @@ VARIANTS = {
 SIZES = {"S": {"txt_dim": 128, "heads": 2, "num_layers": 5}, "M": {}, "L": {"txt_dim": 256, "heads": 4, "num_layers": 10}}
 SCALING = {f"{size} {millions}M": (SHIPPED.to_dict(), {"muon_lr": 0.02}, shape, millions * 1e6)
            for millions in (20, 40) for size, shape in SIZES.items()}
-# The shipped recipe with one constant taken back each, and two more seeds.
+# The shipped recipe with one constant taken back each, and seeds: two of the recipe's own and of the choices that changed most.
+OTHERWISE = {"shipped": {}, "blocks of 16 only": {"block_shares": {}}, "flow on samples": {"flow_on_mean": False},
+             "joint": {"freeze_vae": False, "ref_weight": 0.1, "detach_target": True}}
 AROUND = {name: (SHIPPED.to_dict() | changed, {"muon_lr": 0.02} | settings, {}, 40e6) for name, changed, settings in (
-    ("shipped", {}, {}), ("flow on samples", {"flow_on_mean": False}, {}), ("loc 1", {"loc": 1.0}, {}),
-    ("blocks of 16 only", {"block_shares": {}}, {}), ("seed 2", {}, {"seed": 2}), ("seed 3", {}, {"seed": 3}),
-    ("joint", {"freeze_vae": False, "ref_weight": 0.1, "detach_target": True}, {}), ("prefix 0", {"prefix_share": 0.0}, {}),
-    ("no short rows", {"short_share": 0.0}, {}), ("loc 0", {"loc": 0.0}, {}), ("muon 0.01", {}, {"muon_lr": 0.01}),
-    ("official init", {}, {"gates": None}))}
+    *((n, c, {}) for n, c in OTHERWISE.items()), ("loc 1", {"loc": 1.0}, {}), ("prefix 0", {"prefix_share": 0.0}, {}),
+    ("no short rows", {"short_share": 0.0}, {}), ("scale 1.5", {"scale": 1.5}, {}), ("official init", {}, {"gates": None}),
+    ("muon 0.01", {}, {"muon_lr": 0.01}), ("loc 0", {"loc": 0.0}, {}),
+    *((f"{n}, seed {s}", c, {"seed": s}) for s in (2, 3) for n, c in OTHERWISE.items()))}
 STUDIES = {"scaling": SCALING, "shipped": AROUND}
 OF_STAGE_1 = ("beta", "mask_weight", "mask_ratio", "fixed_logsnr")
 
@@ -82,7 +84,7 @@ def main():
     p.add_argument("--data", required=True)
     p.add_argument("--out", required=True)
     p.add_argument("--seconds", type=float, default=500)
-    p.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    p.add_argument("--variants", nargs="*", help="only these, in this order")
     p.add_argument("--study", choices=STUDIES, help="instead of variants of the first recipe: DiTs of three sizes, or variants of the shipped recipe")
     p.add_argument("--vae", help="checkpoint of stage 1 to start all of a study from")
     p.add_argument("--tokens", type=int, default=32768, help="tokens a step")
@@ -90,10 +92,15 @@ def main():
     p.add_argument("--budget", type=float, default=20e6, help="tokens of stage 2")
     p.add_argument("--count", type=int, default=256, help="prompts")
     p.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 7.0])
+    p.add_argument("--block", type=int, nargs="+", default=[16], help="block sizes to generate with")
     p.add_argument("--keep", action="store_true", help="write every variant's model below OUT/kept")
     p.add_argument("--every", type=int, default=1, help="judge every so many prompts' texts only")
     p.add_argument("--judge", help="folder: nothing is trained, texts of --out are judged")
     args = p.parse_args()
+    every = STUDIES[args.study] if args.study else {n: (*v, {}, args.budget) for n, v in VARIANTS.items()}
+    if unknown := set(args.variants or ()) - set(every):
+        p.error(f"--variants: found {', '.join(sorted(unknown))}; there are: {', '.join(every)}")
+    args.variants = {n: every[n] for n in args.variants or every}
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     judge(args, out) if args.judge else train(args, out)
@@ -108,8 +115,7 @@ def train(args, out):
     rows = fixed_rows(Path(args.data) / "eval", 64, 512)
     prompts, _ = prompts_of(args.data, args.count, 40, 64)
     vaes, results, ids, longest = {}, {}, {}, 0.0
-    every = STUDIES[args.study] if args.study else {n: (*VARIANTS[n], {}, args.budget) for n in args.variants}
-    for name, (changed, of_settings, shape, budget) in every.items():
+    for name, (changed, of_settings, shape, budget) in args.variants.items():
         began = time.monotonic()
         if began + longest - begun > args.seconds:
             break
@@ -140,9 +146,12 @@ def train(args, out):
             results[name] = {"stage_1": of_stage_1, "logsnr": mean_logsnr(vae, rows), "reconstruction": reconstruction(vae, rows),
                              "flow": flow, "flow_by_t": by_t, "seconds": passed, "rate": run.tokens / passed, "tokens": run.tokens,
                              "dit_parameters": count_parameters(run.models.dit)}
-            for g in args.guidance:
+            trained_with = dit.config.block_size
+            for block, g in itertools.product(args.block, args.guidance):
+                dit.config.block_size = block
                 made = generated(vae, dit, prompts.to(device), 64, 16, g, penalty=1.0)
-                ids[f"{name}|{g:g}"] = np.array(made, np.int16)
+                ids[f"{name}|{block}|{g:g}"] = np.array(made, np.int16)
+            dit.config.block_size = trained_with
             if args.keep:
                 write_cola(run.models.vae.state_dict(), run.models.dit.state_dict(), vae.config, dit.config,
                            out / "kept" / name.replace(" ", "-").replace(",", ""), "int8", Path(args.data) / "tokenizer")
@@ -162,16 +171,16 @@ def judge(args, out):
     ids = np.load(out / "ablation.npz")
     prompts, follow = (t[::args.every].tolist() for t in prompts_of(args.data, args.count, 40, 64))
     human, _ = measure(tokenizer, model, prompts, follow)
-    print(f"{'':<28} {'logSNR':>7} {'t=0':>7} {'t=.25':>6} {'flow':>6} | nll, repeated 4-grams and distinct-2 by guidance")
+    print(f"{'':<28} {'logSNR':>7} {'t=0':>7} {'t=.25':>6} {'flow':>6} | nll, repeated 4-grams and distinct-2 by block size and guidance")
     print(f"{'human':<28} {'':>29} | {human['nll']:.2f} {100 * human['repeated_4']:.0f} {100 * human['distinct_2']:.0f}")
     for name, r in results.items():
         if "error" in r:
             print(f"{name:<28} {r['error'].strip().splitlines()[-1]}")
             continue
         r["text"], cells = {}, []
-        for g in args.guidance:
-            figures, texts = measure(tokenizer, model, prompts, ids[f"{name}|{g:g}"][::args.every].tolist(), follow)
-            r["text"][f"{g:g}"] = figures | {"samples": texts[:4]}
+        for block, g in itertools.product(args.block, args.guidance):
+            figures, texts = measure(tokenizer, model, prompts, ids[f"{name}|{block}|{g:g}"][::args.every].tolist(), follow)
+            r["text"][f"{block}|{g:g}"] = figures | {"samples": texts[:4]}
             cells.append(f"{figures['nll']:.2f} ±{figures['stderr']:.2f} {100 * figures['repeated_4']:3.0f} {100 * figures['distinct_2']:3.0f}")
         back = r["reconstruction"]
         print(f"{name:<28} {r['logsnr']:7.2f} {100 * back['0.0']:7.2f} {100 * back['0.25']:6.1f} {r['flow']:6.3f} | {' | '.join(cells)}", flush=True)
