@@ -3,6 +3,9 @@
 #include <gtest/gtest.h>
 #include <rapidcheck.h>
 
+#include <algorithm>
+#include <numeric>
+
 #include "base/error.h"
 #include "kernels/cpu/attention_ops.h"
 #include "kernels/kv_fixture.h"
@@ -115,43 +118,94 @@ TEST(Attention, DecodeOverCodesIsAsGoodAsItsOperands) {
   }
 }
 
-// Products take two or four slots at a time; what lies behind the last one's probability and scale must not
-// count, and with odd pages that is another slot's, or another buffer's.
+// Products take two or four slots at a time, over all pages of a step; what lies behind the last one's probability must
+// not count, and with odd pages that is another slot's, or another buffer's.
 TEST(Attention, NarrowValuesStopAtTheLastSlot) {
   const cpu::NarrowOps* narrow_ops = cpu::attention_ops(detected_isa()).narrow;
   if (!narrow_ops) return;  // a processor without these bodies
   const cpu::NarrowOps& ops = *narrow_ops;
-  constexpr int kDim = 64, kTile = 32;
-  for (const int count : {1, 2, 3, 5, 30, 31, 32}) {
-    for (const int rows : {2, 3, 8, 16}) {
-      std::vector<BF16> values(static_cast<size_t>(kTile * kDim)), weights(static_cast<size_t>((rows + 1) * kTile), to_bf16(NAN));
-      for (size_t i = 0; i < values.size(); ++i) values[i] = to_bf16(static_cast<float>(i % 7) - 3);
-      std::vector<int8_t> codes(values.size());
-      for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<int8_t>(i % 7) - 3;
-      std::vector<float> scales(kTile, NAN), p(weights.size(), NAN);
-      for (int s = 0; s < count; ++s) {
-        scales[static_cast<size_t>(s)] = 1;
-        for (int i = 0; i < rows; ++i) {
-          p[static_cast<size_t>(i * kTile + s)] = static_cast<float>(1 + (i + s) % 4) / 4;
-          weights[static_cast<size_t>(i * kTile + s)] = to_bf16(p[static_cast<size_t>(i * kTile + s)]);
+  constexpr int kTile = 192;
+  for (const int dim : {64, 128})
+    for (const int count : {1, 2, 3, 5, 30, 31, 32, 33, 63, 64, 65, 96, 100, 127, 128, 129, 160, 191})
+      for (const int page : {4, 10, 32, 192})
+        for (const int rows : {1, 2, 3, 5, 7, 8, 16}) {
+          std::vector<BF16> values(static_cast<size_t>(kTile * dim)), weights(static_cast<size_t>((rows + 1) * kTile), to_bf16(NAN));
+          for (size_t i = 0; i < values.size(); ++i) values[i] = to_bf16(static_cast<float>(i % 7) - 3);
+          std::vector<int8_t> codes(values.size());
+          for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<int8_t>(i % 7) - 3;
+          std::vector<float> p(weights.size(), NAN), largest(static_cast<size_t>(rows * 16), 0.0f);
+          for (int s = 0; s < count; ++s)
+            for (int i = 0; i < rows; ++i) {
+              const float x = static_cast<float>(1 + (i + s + s / 4) % 7) / 8;
+              p[static_cast<size_t>(i * kTile + s)] = x;
+              weights[static_cast<size_t>(i * kTile + s)] = to_bf16(x);
+              float& most = largest[static_cast<size_t>(i * 16 + s % 16)];
+              most = std::max(most, x);
+            }
+          for (const DType dtype : {DType::kBF16, DType::kI8}) {
+            if (!ops.takes(dtype, rows, dim)) continue;
+            const bool narrow = dtype == DType::kI8;
+            std::vector<cpu::SlotRun> runs;
+            for (int s = 0; s < count; s += page)
+              runs.push_back({narrow ? static_cast<void*>(&codes[static_cast<size_t>(s * dim)]) : &values[static_cast<size_t>(s * dim)],
+                              std::min(page, count - s), nullptr});
+            std::vector<float> out(static_cast<size_t>(rows * dim), 0.0f);
+            ops.values(dtype, runs.data(), static_cast<int>(runs.size()), dim,
+                       narrow ? static_cast<void*>(p.data()) : weights.data(), kTile, largest.data(), rows, out.data(), dim);
+            ops.restore(dtype, out.data(), dim, rows, dim);
+            for (int i = 0; i < rows; ++i)
+              for (int c = 0; c < dim; ++c) {
+                double expected = 0;
+                for (int s = 0; s < count; ++s)
+                  expected += p[static_cast<size_t>(i * kTile + s)] * codes[static_cast<size_t>(s * dim + c)];
+                ASSERT_NEAR(out[static_cast<size_t>(i * dim + c)], expected, 4e-3)
+                    << dtype_name(dtype) << " d " << dim << " count " << count << " page " << page << " row " << i << " of "
+                    << rows << " column " << c;
+              }
+          }
+        }
+}
+
+// Two steps with a larger maximum in the second, columns that are not seen, and scores far below the maximum.
+TEST(Attention, NarrowSoftmaxMatchesDouble) {
+  const cpu::NarrowOps* ops = cpu::attention_ops(detected_isa()).narrow;
+  if (!ops) return;
+  constexpr int kRows = 3, kColumns = 96;
+  for (const DType dtype : {DType::kBF16, DType::kI8})
+    for (const int hidden : {0, 5}) {
+      const bool narrow = dtype == DType::kI8;
+      float max[kRows], shrink[kRows] = {};
+      std::fill_n(max, kRows, -INFINITY);
+      std::vector<float> sums(kRows * 16), largest(kRows * 16), weights(kColumns), stored(kRows * kColumns);
+      std::vector<BF16> pairs(stored.size());
+      for (int c = 0; c < kColumns; ++c) weights[static_cast<size_t>(c)] = 0.01f * static_cast<float>(1 + c % 5);
+      const std::vector<int32_t> begin(kRows, hidden), end(kRows, kColumns - hidden);
+      double total[kRows] = {};
+      for (const float shift : {0.0f, 20.0f}) {
+        auto scores = normals(kRows * kColumns, 7);
+        for (size_t i = 0; i < scores.size(); ++i) scores[i] = scores[i] * 8 + shift - (i % 11 == 0 ? 400.0f : 0.0f);
+        void* p = narrow ? static_cast<void*>(stored.data()) : pairs.data();
+        ops->softmax(dtype, {scores.data(), kColumns, kRows, begin.data(), end.data(), 0, kColumns, 0.5f, max, sums.data(),
+                             shrink, p, weights.data(), largest.data()});
+        for (size_t i = 0; i < kRows; ++i) {
+          total[i] *= shrink[i];
+          double most = 0;
+          for (size_t c = 0; c < kColumns; ++c) {
+            const bool seen = c >= static_cast<size_t>(hidden) && c < static_cast<size_t>(kColumns - hidden);
+            const double x = seen ? std::exp2(0.5 * scores[i * kColumns + c] - max[i]) : 0;
+            total[i] += x;
+            const double expected = narrow ? x * weights[c] : x, got = narrow ? stored[i * kColumns + c] : to_float(pairs[i * kColumns + c]);
+            EXPECT_NEAR(got, expected, (narrow ? 6e-6 : 4.1e-3) * expected + 1e-30) << i << " " << c;
+            most = std::max(most, expected);
+          }
+          const float* at = &sums[i * 16];
+          EXPECT_NEAR(std::accumulate(at, at + 16, 0.0), total[i], (narrow ? 6e-6 : 1e-4) * total[i]);
+          if (narrow) {
+            EXPECT_NEAR(*std::max_element(&largest[i * 16], &largest[i * 16] + 16), most, 6e-6 * most);
+          }
         }
       }
-      for (const DType dtype : {DType::kBF16, DType::kI8}) {
-        std::vector<float> out(static_cast<size_t>(rows * kDim), 0.0f);
-        const bool narrow = dtype == DType::kI8;
-        ops.values(dtype, narrow ? static_cast<void*>(codes.data()) : values.data(), scales.data(), count, kDim,
-                   narrow ? static_cast<void*>(p.data()) : weights.data(), kTile, rows, out.data(), kDim, nullptr);
-        ops.restore(dtype, out.data(), kDim, rows, kDim);
-        for (int i = 0; i < rows; ++i)
-          for (int c = 0; c < kDim; ++c) {
-            double expected = 0;
-            for (int s = 0; s < count; ++s) expected += p[static_cast<size_t>(i * kTile + s)] * codes[static_cast<size_t>(s * kDim + c)];
-            EXPECT_NEAR(out[static_cast<size_t>(i * kDim + c)], expected, 2e-3)
-                << dtype_name(dtype) << " count " << count << " row " << i << " of " << rows << " column " << c;
-          }
-      }
     }
-  }
 }
 
 TEST(Attention, DecodeOverCodesKeepsNanAndHugeScores) {
@@ -183,11 +237,13 @@ TEST(Attention, LongHeadsAreSplitAndMerged) {
       for (const int64_t tokens : {1, 4, 30}) {
         const KvLayout layout{dtype, 64, 32};
         Sequence s(layout, {5000, 1021, 3}, 3, tokens, 9000, 11);
-        Engine e;
+        Engine e, rounded(2, ActivationType::kBF16);
         for (const int64_t window : {0, 1500, 8000}) {
           const auto shape = shape_of(3, 3, 64, window);
           run(e, layout, shape, s);
           EXPECT_LE(error_of(layout, shape, s), 1e-5) << tokens << " tokens, window " << window;
+          run(rounded, layout, shape, s);
+          EXPECT_LE(error_of(layout, shape, s), 1e-2 * max_value(s)) << tokens << " tokens, window " << window;
         }
       }
   }

@@ -19,14 +19,14 @@ constexpr int64_t kStreamRows = 16;
 // Slots whose scores a streaming item holds at a time: one page, so that memory is read in the order it
 // lies in (15 % faster than the keys of eight pages before their values), but not fewer than are worth a
 // softmax step, nor more than fit in a third of L1 (16 rows * 256 * 4 B = 16 KB).
-constexpr int64_t kLeastStreamTile = 32, kStreamTile = 256;
+constexpr int64_t kLeastStreamTile = 32, kWideStreamTile = 128, kStreamTile = 256;
 // How far ahead of its use a stretch is asked for at least. Measured: nearer, a read from memory is still on
 // its way when it is needed; farther loses more requests than it gains time (bench/NOTES-attention.md).
-constexpr int64_t kFetchAhead = 10 * 1024;
-// Slots of a chunk where the keys of few queries are split among threads: 1024 slots are 256 KB or
-// more of f32 at d = 32, against some 5 us to hand out an item. No more than 32 chunks a head, which
+constexpr int64_t kFetchAhead = 12 * 1024;
+// Slots of a chunk where the keys of few queries are split among threads, or so many that the keys are 256 KB: as much
+// again of values, 20 us or more against 1 us that an item takes besides. No more than 32 chunks a head, which
 // bounds the partial results.
-constexpr int64_t kChunkSlots = 1024;
+constexpr int64_t kChunkSlots = 1024, kChunkBytes = 256 * 1024;
 constexpr int64_t kMaxChunks = 32;
 // Elements of a piece of merge_attention: a few microseconds.
 constexpr int64_t kMergeElements = 16384;
@@ -54,14 +54,13 @@ struct Job {
   const TileOps& tile;
   const NarrowOps* narrow_ops;  // null: operands stay f32
   AttentionCounts& counts;
-  int64_t group;    // query heads to a KV head
-  int64_t ld;       // stride of rows of d elements
+  int64_t group;  // query heads to a KV head
+  int64_t ld;     // stride of rows of d elements
   int64_t q_stride, out_stride;
-  float scale;      // log2(e) included
+  float scale;  // log2(e) included
   Item* items = nullptr;
   const Item* items_end = nullptr;
   float* partials = nullptr;
-  int64_t stream_tile = 0;  // slots, whole pages if they fit
   int64_t fetch_steps = 0;  // stretches from the one in use to the one that is asked for
 
   int d() const { return layout.head_dim; }
@@ -138,7 +137,11 @@ void row_ranges(const int64_t* begin, const int64_t* end, int64_t row, int64_t n
 // What an item takes from its thread's workspace; 64 bytes for each part cover the alignment.
 int64_t workspace_bytes(const Job& job, const Item& item) {
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), element = job.tile.element;
-  if (job.streams(item)) return 13 * 64 + rows * (3 * job.ld * 4 + kStreamTile * 6 + 96) + tokens * 16;
+  if (job.streams(item)) {
+    const auto m = static_cast<int>(rows);
+    const int64_t query = job.narrow(item) ? job.narrow_ops->query_bytes(job.layout.dtype, m, job.d()) : 0;
+    return 14 * 64 + rows * (2 * job.ld * 4 + kStreamTile * 6 + 160) + query + tokens * 16;
+  }
   return 14 * 64 + rows * (job.ld * (element + 4) + 8) + 3 * kKeyTile * job.ld * element + kRowBlock * kKeyTile * 8 +
          kRowBlock * 12 + tokens * 16;
 }
@@ -222,22 +225,80 @@ void blocked_item(Context& ctx, const Job& job, const Item& item, int thread) {
   finish(job, item, sums, max, total);
 }
 
-// Asks for what is read `job.fetch_steps` stretches after the one at `slot`: pages are read one after the
-// other, the keys of a page before its values, and then those of the next item, which is most often this thread's
-// too. Returns where it starts, for the lines to be asked for on the way; the scales lie apart and are few.
-const std::byte* fetch(const Job& job, const Item* item, KvPart part, int64_t slot, int64_t end) {
-  const int64_t step = static_cast<int64_t>(part) + job.fetch_steps;
-  slot += step / 2 * job.layout.page_slots;
-  if (slot >= end) {
-    slot = (slot - end) / job.layout.page_slots * job.layout.page_slots + (++item)->slot_begin;
-    if (item == job.items_end || !job.streams(*item) || slot >= item->slot_end) return nullptr;
-    end = item->slot_end;
+// Slots whose scores a streaming item holds at a time, whole pages if they fit. Over int8 with several query rows the
+// products decide, and what surrounds them is less for more slots at a time; but what lies between a line's request
+// and its use must fit in L1. Over bf16 memory decides, and it wants its own order.
+int64_t tile_slots(const Job& job, const Item& item) {
+  int64_t slots = kLeastStreamTile;
+  if (job.layout.dtype == DType::kI8 && job.narrow(item) && job.rows(item) > 2) {
+    const int64_t bytes = job.rows(item) > 4 ? 12 * 1024 : 4 * 1024;  // of keys
+    slots = std::clamp(bytes / static_cast<int64_t>(job.pages.row_bytes), kLeastStreamTile, kWideStreamTile);
   }
-  const KvHeadView& head = job.sequences[static_cast<size_t>(item->sequence)].heads[item->head];
-  const KvStretch s = stretch(job.pages, head, static_cast<KvPart>(step % 2), slot, end);
-  for (int64_t i = 0; s.scales && i < s.count; i += 16) __builtin_prefetch(s.scales + i);
-  return s.codes;
+  slots = slots / kLeastStreamTile * kLeastStreamTile;
+  return std::min(round_up(slots, job.layout.page_slots), kStreamTile);
 }
+
+// Walks ahead of a streaming item, in the order in which it and the next items, which are most often this thread's
+// too, read their pages: the keys of a tile's pages, then their values. (Over pages larger than a tile it is too fast.)
+class Ahead {
+ public:
+  Ahead(const Job& job, const Item& item, int64_t slot) : job_(job) {
+    enter(&item, slot);
+    // A tile's values are read together, so the last of them must be on its way before the last keys are used.
+    const int64_t steps = std::max<int64_t>(job.fetch_steps, tile_pages_ > 1 ? tile_pages_ + 1 : 0);
+    for (int64_t i = 0; i < steps; ++i) step();
+  }
+  // The stretch after the one of the call before; null: nothing follows. Its lines are asked for on the way; its
+  // scales lie apart and are few.
+  const std::byte* next() {
+    if (!item_) return nullptr;
+    const std::byte* page = pages_[page_];
+    __builtin_prefetch(pages_ + page_ + kPagesAhead);
+    const PageMap& map = job_.pages;
+    const std::byte* scales = page + map.scales[part_];
+    for (uint32_t i = 0; map.scaled && i < map.slots; i += 16) __builtin_prefetch(scales + i * 4);
+    const std::byte* codes = page + map.codes[part_];
+    step();
+    return codes;
+  }
+
+ private:
+  void enter(const Item* item, int64_t slot) {
+    item_ = item;
+    const auto slots = job_.pages.slots;
+    tile_pages_ = static_cast<uint32_t>(std::max<int64_t>(1, tile_slots(job_, *item) / slots));
+    pages_ = job_.sequences[static_cast<size_t>(item->sequence)].heads[item->head].pages;
+    part_ = 0;
+    page_ = tile_ = static_cast<uint32_t>(slot) / slots;
+    end_ = (static_cast<uint32_t>(item->slot_end) + slots - 1) / slots;
+    tile_end_ = std::min(end_, (page_ / tile_pages_ + 1) * tile_pages_);
+  }
+  void step() {
+    if (!item_ || ++page_ < tile_end_) return;
+    part_ = 1 - part_;
+    if (part_ == 1) {
+      page_ = tile_;
+      return;
+    }
+    tile_ = page_;
+    tile_end_ = std::min(end_, tile_ + tile_pages_);
+    if (page_ < end_) return;
+    ++item_;
+    if (item_ == job_.items_end || !job_.streams(*item_) || item_->slot_begin >= item_->slot_end)
+      item_ = nullptr;
+    else
+      enter(item_, item_->slot_begin);
+  }
+
+  // Their addresses are in memory, too: two lines on.
+  static constexpr int kPagesAhead = 16;
+
+  const Job& job_;
+  const Item* item_;  // null: nothing is left
+  const std::byte* const* pages_;
+  uint32_t tile_pages_, tile_, tile_end_, end_;  // all in pages
+  uint32_t page_, part_;
+};
 
 void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) {
   const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
@@ -262,6 +323,7 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
   const bool pairs = narrow && dtype == DType::kBF16;
   auto* narrow_p = carve.take<uint16_t>(pairs ? rows * kStreamTile : 0);
   auto* narrow_total = carve.take<float>(narrow ? rows * 16 : 0);
+  auto* largest = carve.take<float>(narrow ? rows * 16 : 0);
 
   for (int64_t t = 0; t < tokens; ++t)
     job.ops.f32.rows(DType::kF32, job.query(s, item.head, item.token_begin + t), nullptr, job.group, job.d(),
@@ -274,13 +336,19 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
 
   std::fill_n(narrow_total, narrow ? rows * 16 : 0, 0.0f);
   void* p = pairs ? static_cast<void*>(narrow_p) : scores;
+  const int64_t tile = tile_slots(job, item);
   const int64_t last = end[tokens - 1];
+  const auto shrink_sums = [&] {
+    for (int64_t i = 0; i < rows; ++i)
+      if (shrink[i] != 1.0f) job.ops.scale_row(sums + i * ld, shrink[i], ld, sums + i * ld);
+  };
+  Ahead ahead(job, item, begin[0]);
   for (int64_t slot = begin[0], slot_end; slot < last; slot = slot_end) {
-    slot_end = std::min(slot / job.stream_tile * job.stream_tile + job.stream_tile, last);
+    slot_end = std::min(slot / tile * tile + tile, last);
     for (int64_t at = slot; at < slot_end;) {
       const KvStretch k = stretch(job.pages, head, KvPart::kKeys, at, slot_end);
       const auto count = static_cast<int>(k.count);
-      const std::byte* next = fetch(job, &item, KvPart::kKeys, at, last);
+      const std::byte* next = ahead.next();
       float* to = scores + (at - slot);
       if (narrow)
         narrow->scores(dtype, k.codes, k.scales, count, job.d(), narrow_q, m, to, kStreamTile, next);
@@ -290,26 +358,34 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
     }
     row_ranges(begin, end, 0, rows, job.group, slot, slot_end - slot, row_begin, row_end);
     const auto to = static_cast<int>(round_up(slot_end - slot, kPad));
-    const SoftmaxStep step{scores, kStreamTile, m, row_begin, row_end, 0, to, job.scale, max,
-                           narrow ? narrow_total : total, shrink, p};
-    if (narrow)
-      narrow->softmax(dtype, step);
-    else
+    SoftmaxStep step{scores, kStreamTile, m, row_begin, row_end, 0, to, job.scale, max, total, shrink, p};
+    if (!narrow) {
       job.ops.f32.softmax(step);
-    for (int64_t i = 0; i < rows; ++i)
-      if (shrink[i] != 1.0f) job.ops.scale_row(sums + i * ld, shrink[i], ld, sums + i * ld);
-    for (int64_t at = slot; at < slot_end;) {
-      const KvStretch v = stretch(job.pages, head, KvPart::kValues, at, slot_end);
-      const auto count = static_cast<int>(v.count);
-      const std::byte* next = fetch(job, &item, KvPart::kValues, at, last);
-      const int64_t from = at - slot;
-      if (narrow)
-        narrow->values(dtype, v.codes, v.scales, count, job.d(),
-                       pairs ? static_cast<void*>(narrow_p + from) : scores + from, kStreamTile, m, sums, ld, next);
-      else
-        job.ops.stream_values(dtype, v.codes, v.scales, count, job.d(), scores + from, kStreamTile, m, sums, ld, next);
-      at += v.count;
+      shrink_sums();
+      for (int64_t at = slot; at < slot_end;) {
+        const KvStretch v = stretch(job.pages, head, KvPart::kValues, at, slot_end);
+        const auto count = static_cast<int>(v.count);
+        job.ops.stream_values(dtype, v.codes, v.scales, count, job.d(), scores + (at - slot), kStreamTile, m, sums, ld,
+                              ahead.next());
+        at += v.count;
+      }
+      continue;
     }
+    SlotRun runs[kStreamTile];
+    alignas(64) float weights[kStreamTile];
+    int n = 0;
+    for (int64_t at = slot; at < slot_end; at += runs[n++].count) {
+      const KvStretch v = stretch(job.pages, head, KvPart::kValues, at, slot_end);
+      runs[n] = {v.codes, static_cast<int>(v.count), ahead.next()};
+      if (v.scales) std::copy_n(v.scales, v.count, weights + (at - slot));
+    }
+    std::fill(weights + (slot_end - slot), weights + to, 0.0f);
+    step.sum = narrow_total;
+    step.weights = weights;
+    step.largest = largest;
+    narrow->softmax(dtype, step);
+    shrink_sums();
+    narrow->values(dtype, runs, n, job.d(), p, kStreamTile, largest, m, sums, ld);
   }
   if (narrow) {
     narrow->restore(dtype, sums, ld, m, job.d());
@@ -371,7 +447,8 @@ Plan plan(const Job& job, Item* items, Merge* merges) {
         const int64_t begin =
             first_visible(job.layout, head, 0, s.first_position + t0, job.shape.window) / kKeyTile * kKeyTile;
         Item item{static_cast<int64_t>(q), g, t0, t1, begin, end, -1};
-        const int64_t chunk = round_up(std::max(kChunkSlots, (end - begin) / kMaxChunks), kChunkSlots);
+        const int64_t least = std::max(kChunkSlots, kChunkBytes / static_cast<int64_t>(job.pages.row_bytes));
+        const int64_t chunk = round_up(std::max(least, (end - begin) / kMaxChunks), kChunkSlots);
         if (blocks > 1 || end - begin <= chunk) {
           add(item);
           continue;
@@ -440,7 +517,6 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
           shape.q_stride ? shape.q_stride : row,
           shape.out_stride ? shape.out_stride : row,
           shape.scale * kLog2e};
-  job.stream_tile = std::min(round_up(kLeastStreamTile, layout.page_slots), kStreamTile);
   const auto stretch_bytes = static_cast<int64_t>(job.pages.row_bytes * job.pages.slots);
   job.fetch_steps = (kFetchAhead + stretch_bytes - 1) / stretch_bytes;
   const Plan size = plan(job, nullptr, nullptr);

@@ -17,24 +17,25 @@
 namespace lacuna::cpu {
 namespace {
 
-constexpr int kMaxDim = 256;
-
 // ---- queries --------------------------------------------------------------------------------------
-// Both kinds: word c of row i at [c * step + i], so that heads that share a key lie side by side.
+// In groups of as many rows as a product takes at most, so that heads that share a key lie side by side, a word's all
+// at known distances: digits [group of 4][d / 4][hi, lo][4], pairs [group of 8][d / 2][8].
+constexpr int kWordStep = 8;
+inline int rounded(int rows, int group) { return (rows + group - 1) / group * group; }
 
-// words [d / 4][hi, lo][rows] | scale [rows] f32 | start [hi, lo][rows]: what the sums begin with.
+// digits | scale [rows] f32 | start [hi, lo][rows]: what the sums begin with.
 struct DigitQuery {
   DigitQuery(void* base, int rows, int d)
       : digits(static_cast<int32_t*>(base)),
-        scale(reinterpret_cast<float*>(digits + d / 2 * rows)),
-        start(digits + d / 2 * rows + rows) {}
+        scale(reinterpret_cast<float*>(digits + d / 2 * rounded(rows, 4))),
+        start(digits + d / 2 * rounded(rows, 4) + rows) {}
   int32_t* digits;
   float* scale;
   int32_t* start;
 };
 
 int64_t query_bytes(DType dtype, int rows, int d) {
-  return 4 * (dtype == DType::kI8 ? int64_t{d / 2 + 3} * rows : int64_t{d / 2} * rows);
+  return 4 * (dtype == DType::kI8 ? int64_t{d / 2} * rounded(rows, 4) + 3 * rows : int64_t{d / 2} * rounded(rows, 8));
 }
 
 void prepare_digits(const float* q, int64_t ldq, int rows, int d, void* out) {
@@ -62,9 +63,9 @@ void prepare_digits(const float* q, int64_t ldq, int rows, int d, void* out) {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(part[0]), _mm512_cvtepi32_epi8(hi));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(part[1]), _mm512_cvtepi32_epi8(lo));
       for (int w = 0; w < 4; ++w) {
-        int32_t* to = query.digits + (c / 4 + w) * 2 * rows + i;
+        int32_t* to = query.digits + (i / 4 * d / 4 + c / 4 + w) * kWordStep + i % 4;
         to[0] = part[0][w];
-        to[rows] = part[1][w];
+        to[4] = part[1][w];
       }
     }
     // vpdpbusd takes codes + 128, unsigned: that much too much is in the sum.
@@ -80,7 +81,7 @@ void prepare_pairs(const float* q, int64_t ldq, int rows, int d, void* out) {
       uint32_t part[kLanes];
       const __m512bh x = _mm512_cvtne2ps_pbh(load(q + c + kLanes).v, load(q + c).v);
       __builtin_memcpy(part, &x, sizeof part);
-      for (int w = 0; w < kLanes; ++w) to[(c / 2 + w) * rows + i] = part[w];
+      for (int w = 0; w < kLanes; ++w) to[(i / 8 * d / 2 + c / 2 + w) * kWordStep + i % 8] = part[w];
     }
 }
 
@@ -167,14 +168,18 @@ template <int kK, bool kDirect, bool kDigits, class F>
             f(c + w, &k, w / 4 % 2);
           });
   } else {
-    for (int c = 0; c < s.row / 4; ++c) {
-      if (c % 4 == 0) next = once_here(next, s.keys + c * kK * kLanes);
-      prefetch(next + c * 64);
-      __m512i k[kK];
+    // Sixteen words without a branch: leaving a loop of sixteen is what a processor does not foresee.
+    const int32_t* keys = s.keys;
+    for (int c = 0; c < s.row / 4; c += kLanes)
+#pragma GCC unroll 16
+      for (int w = 0; w < kLanes; ++w, keys += kK * kLanes, next += 64) {
+        if (w % 4 == 0) next = once_here(next, keys);
+        prefetch(next);
+        __m512i k[kK];
 #pragma GCC unroll 2
-      for (int j = 0; j < kK; ++j) k[j] = words(s.keys + (c * kK + j) * kLanes);
-      f(c, k, 0);
-    }
+        for (int j = 0; j < kK; ++j) k[j] = words(keys + j * kLanes);
+        f(c + w, k, 0);
+      }
   }
 }
 
@@ -198,17 +203,17 @@ void digit_scores(int first_row, int group, const Scores& s) {
       hi[i * kK + j] = _mm512_set1_epi32(query.start[first_row + i]);
       lo[i * kK + j] = _mm512_set1_epi32(query.start[rows + first_row + i]);
     }
-  const int32_t* q = query.digits + first_row;
+  const int32_t* q = query.digits + first_row / 4 * (s.d / 4) * kWordStep;
   each_key_word<kK, kDirect, true>(
       s, lines_of<kK, 4>(s, group), [&](int c, const __m512i* k, int) __attribute__((always_inline)) {
-        const int32_t* at = q + 2 * rows * c;
+        const int32_t* at = q + c * kWordStep;
 #pragma GCC unroll 8
         for (int i = 0; i < kQ; ++i) {
           if constexpr (kK == 1) {
             add_quads(hi[i], k[0], at + i);
-            add_quads(lo[i], k[0], at + rows + i);
+            add_quads(lo[i], k[0], at + 4 + i);
           } else {
-            const __m512i h = _mm512_set1_epi32(at[i]), l = _mm512_set1_epi32(at[rows + i]);
+            const __m512i h = _mm512_set1_epi32(at[i]), l = _mm512_set1_epi32(at[4 + i]);
 #pragma GCC unroll 2
             for (int j = 0; j < kK; ++j) {
               add_quads(hi[i * kK + j], k[j], h);
@@ -229,8 +234,7 @@ void digit_scores(int first_row, int group, const Scores& s) {
 
 template <int kQ, int kK, bool kDirect>
 void pair_scores(int first_row, int group, const Scores& s) {
-  const int rows = s.count;
-  const int32_t* q = static_cast<const int32_t*>(s.query) + first_row;
+  const int32_t* q = static_cast<const int32_t*>(s.query) + first_row / 8 * (s.d / 2) * kWordStep;
   // Few rows would wait for their own sums: every other word apart.
   constexpr int kChains = kQ * kK <= 4 ? 2 : 1;
   __m512 sums[kQ * kK * kChains];
@@ -239,7 +243,7 @@ void pair_scores(int first_row, int group, const Scores& s) {
   each_key_word<kK, kDirect, false>(
       s, lines_of<kK, 8>(s, group), [&](int c, const __m512i* k, int chain) __attribute__((always_inline)) {
         if (kChains == 1) chain = 0;
-        const int32_t* at = q + rows * c;
+        const int32_t* at = q + c * kWordStep;
 #pragma GCC unroll 8
         for (int i = 0; i < kQ; ++i) {
           if constexpr (kK == 1) {
@@ -278,7 +282,7 @@ struct Product {
 
 // Sixteen keys as [row / 4] vectors, every kK-th of `keys`; a line of `next` for every other one.
 template <int kK, bool kDigits>
-void transpose(const char* rows, int row, int32_t* keys, const char* next) {
+[[gnu::always_inline]] inline void transpose(const char* rows, int row, int32_t* keys, const char* next) {
   for (int b = 0; b < row; b += 64, keys += 16 * kK * kLanes)
     each_word(
         rows + b, row, [&](int c, __m512i k) __attribute__((always_inline)) {
@@ -286,6 +290,21 @@ void transpose(const char* rows, int row, int32_t* keys, const char* next) {
           if (c % 2 == 0 && next) prefetch(next + (b / 4 + c) * 32);
           _mm512_store_si512(keys + c * kK * kLanes, kDigits ? flipped(k) : k);
         });
+}
+
+// Two vectors of keys, of kRow bytes each if that is not 0: known strides save a quarter of the time.
+template <bool kDigits, int kRow>
+[[gnu::noinline]] void transpose_two(const char* const* from, int row, int32_t* keys, const char* next) {
+  if (kRow) row = kRow;
+  transpose<2, kDigits>(from[0], row, keys, next);
+  transpose<2, kDigits>(from[1], row, keys + kLanes, next ? next + row * 8 : nullptr);
+}
+template <bool kDigits>
+void transpose_two(const char* const* from, int row, int32_t* keys, const char* next) {
+  if (row == 64) return transpose_two<kDigits, 64>(from, row, keys, next);
+  if (row == 128) return transpose_two<kDigits, 128>(from, row, keys, next);
+  if (row == 256) return transpose_two<kDigits, 256>(from, row, keys, next);
+  transpose_two<kDigits, 0>(from, row, keys, next);
 }
 
 template <bool kDigits>
@@ -314,19 +333,13 @@ void scores_of(const char* codes, const float* scales, int count, int d, const v
     }
     if (direct) {
       Product<1, true, kDigits>::run(rows, s);
-      continue;
-    }
-    if (vectors == 2) {
-      const char* ahead = next && rows <= Product<2, false, kDigits>::kMost ? s.next : nullptr;
-      transpose<2, kDigits>(from[0], row, keys, ahead);
-      transpose<2, kDigits>(from[1], row, keys + kLanes, ahead ? ahead + row * 8 : nullptr);
+    } else if (vectors == 2) {
+      transpose_two<kDigits>(from, row, keys, next && rows <= Product<2, false, kDigits>::kMost ? s.next : nullptr);
+      Product<2, false, kDigits>::run(rows, s);
     } else {
       transpose<1, kDigits>(from[0], row, keys, nullptr);
-    }
-    if (vectors == 2)
-      Product<2, false, kDigits>::run(rows, s);
-    else
       Product<1, false, kDigits>::run(rows, s);
+    }
   }
 }
 
@@ -343,8 +356,7 @@ bool takes(DType dtype, int rows, int d) {
   return dtype == DType::kI8 ? d % 64 == 0 : dtype == DType::kBF16 && rows > 1 && d % 32 == 0;
 }
 
-constexpr NarrowOps kNarrow = {takes,          query_bytes,   prepare,       scores,
-                              narrow_softmax, narrow_values, narrow_restore};
+constexpr NarrowOps kNarrow = {takes, query_bytes, prepare, scores, narrow_softmax, narrow_values, narrow_restore};
 
 }  // namespace
 

@@ -9,14 +9,15 @@ namespace lacuna::cpu {
 
 // NarrowOps' softmax, values and restore.
 void narrow_softmax(DType dtype, const SoftmaxStep& step);
-void narrow_values(DType dtype, const void* codes, const float* scales, int count, int d, const void* p, int64_t ld,
-                   int rows, float* out, int64_t ld_out, const void* next);
+void narrow_values(DType dtype, const SlotRun* runs, int n, int d, const void* p, int64_t ld, const float* largest,
+                   int rows, float* out, int64_t ld_out);
 void narrow_restore(DType dtype, float* sums, int64_t ld, int rows, int d);
 
 namespace {
 
 constexpr int kLanes = Vec::kLanes;
 constexpr int kMaxRows = 16;
+constexpr int kMaxDim = 256;
 
 inline __m512i words(const void* p) { return _mm512_loadu_si512(p); }
 inline __m512i word(const void* p) {
@@ -52,13 +53,13 @@ inline int least(int a, int b) { return a < b ? a : b; }
 }
 
 template <template <int> class F, int kQ, class... Args>
-inline void group_of(int rows, int first, const Args&... args) {
+inline void group_of(int rows, int first, Args&... args) {
   if (rows == kQ) return F<kQ>::run(first, args...);
   if constexpr (kQ > 1) group_of<F, kQ - 1>(rows, first, args...);
 }
 // Runs F<kQ>(first row) over rows, kMost at a time and what is left in one.
 template <int kMost, template <int> class F, class... Args>
-inline void each_group(int rows, const Args&... args) {
+inline void each_group(int rows, Args&&... args) {
   int i = 0;
   for (; i + kMost <= rows; i += kMost) F<kMost>::run(i, args...);
   group_of<F, kMost - 1>(rows - i, i, args...);

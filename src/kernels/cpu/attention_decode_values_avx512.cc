@@ -2,6 +2,8 @@
 // scores, and what they weigh.
 #if defined(__x86_64__)
 
+#include <type_traits>
+
 #include "kernels/cpu/attention_decode_narrow.h"
 
 namespace lacuna::cpu {
@@ -16,76 +18,119 @@ inline __mmask16 visible(int at, int begin, int end) {
   return static_cast<__mmask16>(above & below);
 }
 
+// 2^x: what is above the next lower integer by a polynomial, the rest by vscalefps, which takes any x. Neither is done
+// by the pipes of the products. kDegree 3 for bf16, 7.5e-5; 4 for digits of 7.6e-6, 2.6e-6. Coefficients by Remez'
+// method.
+template <int kDegree>
+[[gnu::always_inline]] inline Vec power(Vec x) {
+  const Vec f = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+  Vec p;
+  if constexpr (kDegree == 4) {
+    p = fma(set1(1.353416778e-02f), f, set1(5.201146007e-02f));
+    p = fma(p, f, set1(2.414427549e-01f));
+    p = fma(p, f, set1(6.930038333e-01f));
+    p = fma(p, f, set1(1.000002623e+00f));
+  } else {
+    p = fma(set1(7.802452147e-02f), f, set1(2.260671556e-01f));
+    p = fma(p, f, set1(6.958335638e-01f));
+    p = fma(p, f, set1(9.999251962e-01f));
+  }
+  return {_mm512_scalef_ps(p.v, x.v)};
+}
+
 // A running maximum that is too small by so much is left alone: probabilities up to 2^8 lose nothing in
 // floating point. Nearly every step then finds nothing to change, and since that is predicted, the
 // exponentials don't wait for the comparison, nor is anything folded.
 constexpr float kSlack = 8;
 
 template <bool kPairs>
-[[gnu::always_inline]] inline void put_probabilities(const SoftmaxStep& s, int i, int c, Vec x, Vec y) {
+using Probability = std::conditional_t<kPairs, uint16_t, float>;
+// Two vectors of a row: to the sum, and to what is stored, which over int8 is weighted.
+template <bool kPairs>
+[[gnu::always_inline]] inline void put_probabilities(Probability<kPairs>* p, const float* weights, Vec x, Vec y,
+                                                     Vec& sum, Vec& largest) {
+  sum = sum + (x + y);
   if constexpr (kPairs) {
-    const __m512bh p = _mm512_cvtne2ps_pbh(y.v, x.v);
-    _mm512_storeu_si512(static_cast<uint16_t*>(s.p) + i * s.ld + c, reinterpret_cast<__m512i>(p));
+    _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y.v, x.v)));
   } else {
-    store(static_cast<float*>(s.p) + i * s.ld + c, x);
-    store(static_cast<float*>(s.p) + i * s.ld + c + kLanes, y);
+    x = x * load(weights);
+    y = y * load(weights + kLanes);
+    largest = vmax(vmax(x, y), largest);
+    store(p, x);
+    store(p + kLanes, y);
   }
+}
+
+void raise(const SoftmaxStep& s, int i, Vec top) {
+  const float now = largest(top);
+  // exp2 of -inf, before anything was seen, is as good as 0: the sums are 0.
+  s.shrink[i] = _mm512_cvtss_f32(exp2<5>(set1(s.max[i] - now)).v);
+  s.max[i] = now;
 }
 
 // Any row.
 template <bool kPairs>
 [[gnu::noinline]] void softmax_row(const SoftmaxStep& s, int i) {
-  constexpr int kDegree = kPairs ? 3 : 5;
+  constexpr int kDegree = kPairs ? 3 : 4;
   const Vec scale = set1(s.scale);
   const float* row = s.scores + i * s.ld;
+  auto* p = static_cast<Probability<kPairs>*>(s.p) + i * s.ld;
   const int begin = s.begin[i], end = s.end[i];
   const Vec most = set1(s.max[i] + kSlack);
   __mmask16 above = 0;
   for (int c = s.from; c < s.to; c += kLanes)
     above = static_cast<__mmask16>(
         above | _mm512_mask_cmp_ps_mask(visible(c, begin, end), (load(row + c) * scale).v, most.v, _CMP_GT_OQ));
-  Vec sum = load(s.sum + i * kLanes);
+  Vec sum = load(s.sum + i * kLanes), most_weight = zero();
   s.shrink[i] = 1;
   if (above) {
     Vec top = set1(s.max[i]);
     for (int c = s.from; c < s.to; c += kLanes)
       top = {_mm512_mask_max_ps(top.v, visible(c, begin, end), (load(row + c) * scale).v, top.v)};
-    const float now = largest(top);
-    // exp2 of -inf, before anything was seen, is as good as 0: the sums are 0.
-    s.shrink[i] = _mm512_cvtss_f32(exp2<5>(set1(s.max[i] - now)).v);
-    s.max[i] = now;
+    raise(s, i, top);
     sum = sum * set1(s.shrink[i]);
   }
   const Vec max = set1(-s.max[i]);
   for (int c = s.from; c < s.to; c += 2 * kLanes) {
-    const Vec x = {_mm512_maskz_mov_ps(visible(c, begin, end), exp2<kDegree>(fma(load(row + c), scale, max)).v)};
-    const Vec y = {
-        _mm512_maskz_mov_ps(visible(c + kLanes, begin, end), exp2<kDegree>(fma(load(row + c + kLanes), scale, max)).v)};
-    sum = sum + (x + y);
-    put_probabilities<kPairs>(s, i, c, x, y);
+    const Vec x = {_mm512_maskz_mov_ps(visible(c, begin, end), power<kDegree>(fma(load(row + c), scale, max)).v)};
+    const Vec y = {_mm512_maskz_mov_ps(visible(c + kLanes, begin, end),
+                                       power<kDegree>(fma(load(row + c + kLanes), scale, max)).v)};
+    put_probabilities<kPairs>(p + c, s.weights + c, x, y, sum, most_weight);
   }
   store(s.sum + i * kLanes, sum);
+  if (!kPairs) store(s.largest + i * kLanes, most_weight);
 }
 
 template <bool kPairs>
 void softmax_rows(const SoftmaxStep& s) {
-  constexpr int kDegree = kPairs ? 3 : 5;
+  constexpr int kDegree = kPairs ? 3 : 4;
   const Vec scale = set1(s.scale);
+  const int from = s.from, to = s.to;
   for (int i = 0; i < s.rows; ++i) {
-    // What nearly every row is: 32 columns, all of them seen, none above.
-    const float* row = s.scores + i * s.ld + s.from;
-    const Vec a = load(row), b = load(row + kLanes);
-    const bool full = s.to - s.from == 2 * kLanes && s.begin[i] <= s.from && s.end[i] >= s.to;
-    const __mmask16 above = _mm512_cmp_ps_mask((vmax(a, b) * scale).v, set1(s.max[i] + kSlack).v, _CMP_GT_OQ);
-    if (!full || above) {
+    // What nearly every row is: all columns seen, none above.
+    const float* row = s.scores + i * s.ld;
+    auto* p = static_cast<Probability<kPairs>*>(s.p) + i * s.ld;
+    Vec top = load(row + from);
+    for (int c = from; c < to; c += 2 * kLanes) top = vmax(vmax(load(row + c), load(row + c + kLanes)), top);
+    const bool full = s.begin[i] <= from && s.end[i] >= to;
+    if (!full) {
       softmax_row<kPairs>(s, i);
       continue;
     }
-    const Vec max = set1(-s.max[i]);
-    const Vec x = exp2<kDegree>(fma(a, scale, max)), y = exp2<kDegree>(fma(b, scale, max));
+    Vec sum = load(s.sum + i * kLanes), most_weight = zero();
     s.shrink[i] = 1;
-    store(s.sum + i * kLanes, load(s.sum + i * kLanes) + (x + y));
-    put_probabilities<kPairs>(s, i, s.from, x, y);
+    if (_mm512_cmp_ps_mask((top * scale).v, set1(s.max[i] + kSlack).v, _CMP_GT_OQ)) {
+      raise(s, i, top * scale);
+      sum = sum * set1(s.shrink[i]);
+    }
+    const Vec max = set1(-s.max[i]);
+    for (int c = from; c < to; c += 2 * kLanes) {
+      const Vec x = power<kDegree>(fma(load(row + c), scale, max));
+      const Vec y = power<kDegree>(fma(load(row + c + kLanes), scale, max));
+      put_probabilities<kPairs>(p + c, s.weights + c, x, y, sum, most_weight);
+    }
+    store(s.sum + i * kLanes, sum);
+    if (!kPairs) store(s.largest + i * kLanes, most_weight);
   }
 }
 
@@ -100,94 +145,144 @@ namespace {
 
 // ---- values ---------------------------------------------------------------------------------------
 
-// Slots whose digits and interleaved values are alive at a time: 2 KB of values, 1 KB of digits.
-constexpr int kBlock = 32;
+// Slots whose digits and interleaved values are alive at a time: 8 KB of values, 1 KB of digits for four rows. Sums of
+// 65535 * 127 stay below 2^31.
+constexpr int kBlock = 128;
 
 struct Digits {
   alignas(64) uint8_t hi[kMaxRows][kBlock], lo[kMaxRows][kBlock];
   float scale[kMaxRows + 3];  // fours are written
 };
 
-// p[i] * scales[i] = scale (256 hi + lo) for a block of kQ <= 4 rows, zero digits up to kBlock.
-template <int kQ>
-void take_digits(const float* p, int64_t ld, const float* scales, int count, Digits& digits, int first_row) {
-  constexpr int kVectors = kBlock / kLanes;
-  Vec w[kQ * kVectors], most[4] = {zero(), zero(), zero(), zero()};
-  const __mmask16 live[kVectors] = {first(least(count, kLanes)), first(count > kLanes ? count - kLanes : 0)};
-  const Vec scale[kVectors] = {{_mm512_maskz_loadu_ps(live[0], scales)},
-                               {_mm512_maskz_loadu_ps(live[1], scales + kLanes)}};
-#pragma GCC unroll 4
-  for (int i = 0; i < kQ; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j)
-      w[i * kVectors + j] = Vec{_mm512_maskz_loadu_ps(live[j], p + i * ld + j * kLanes)} * scale[j];
-    most[i] = vmax(w[i * kVectors], w[i * kVectors + 1]);
-  }
-  const __m128 top = _mm512_castps512_ps128(maxima_of<1>(most).v);
-  // So small that its reciprocal overflows: nothing that a sum of probabilities can tell from 0.
-  const __mmask8 some = _mm_cmp_ps_mask(top, _mm_set1_ps(1e-30f), _CMP_GT_OQ);
-  float inverse[4];
-  _mm_storeu_ps(inverse, _mm_maskz_div_ps(some, _mm_set1_ps(65535.0f), top));
-  _mm_storeu_ps(digits.scale + first_row, _mm_maskz_mul_ps(some, _mm_set1_ps(1 / 65535.0f), top));
-#pragma GCC unroll 4
-  for (int i = 0; i < kQ; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      const __m512i t = _mm512_cvtps_epi32((w[i * kVectors + j] * set1(inverse[i])).v);
-      _mm_store_si128(reinterpret_cast<__m128i*>(digits.hi[first_row + i] + j * kLanes),
-                      _mm512_cvtepi32_epi8(_mm512_srli_epi32(t, 8)));
-      _mm_store_si128(reinterpret_cast<__m128i*>(digits.lo[first_row + i] + j * kLanes), _mm512_cvtepi32_epi8(t));
-    }
-  }
-}
+// Up to kBlock slots in runs; only the last four may be fewer.
+struct Block {
+  struct Run {
+    const int8_t* codes;
+    const char* next;
+    int quads;
+  };
+  int count, runs;
+  Run run[kBlock / 4];
+};
 
+// p[i] = scale (256 hi + lo) for a block of kQ <= 4 rows, zero digits up to the next 64 slots.
 template <int kQ>
 struct TakeDigits {
-  static void run(int first_row, const float* p, int64_t ld, const float* scales, int count, Digits* digits) {
-    take_digits<kQ>(p + first_row * ld, ld, scales, count, *digits, first_row);
+  static constexpr int kFour = 4 * kLanes;
+
+  [[gnu::noinline]] static void run(int first_row, const float* p, int64_t ld, const float* largest, int count,
+                                    Digits& digits) {
+    Vec most[4] = {zero(), zero(), zero(), zero()};
+    for (int i = 0; i < kQ; ++i) most[i] = load(largest + (first_row + i) * kLanes);
+    const __m128 top = _mm512_castps512_ps128(maxima_of<1>(most).v);
+    // So small that its reciprocal overflows: nothing that a sum of probabilities can tell from 0.
+    const __mmask8 some = _mm_cmp_ps_mask(top, _mm_set1_ps(1e-30f), _CMP_GT_OQ);
+    float inverse[4];
+    _mm_storeu_ps(inverse, _mm_maskz_div_ps(some, _mm_set1_ps(65535.0f), top));
+    _mm_storeu_ps(digits.scale + first_row, _mm_maskz_mul_ps(some, _mm_set1_ps(1 / 65535.0f), top));
+#pragma GCC unroll 4
+    for (int i = 0; i < kQ; ++i) {
+      const float* row = p + (first_row + i) * ld;
+      const Vec by = set1(inverse[i]);
+      int s = 0;
+      for (; s + kFour <= count; s += kFour) split<4, true>(row + s, kFour, by, digits, first_row + i, s);
+      if (count - s == 2 * kLanes)
+        split<2, true>(row + s, 2 * kLanes, by, digits, first_row + i, s);
+      else if (s < count)
+        split<4, false>(row + s, count - s, by, digits, first_row + i, s);
+    }
+  }
+
+  template <int kVectors, bool kFull>
+  static void split(const float* p, int live, Vec by, Digits& digits, int row, int s) {
+    // Packing leaves four slots together, and fours 4 v + l at word 4 l + v.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i low = _mm512_set1_epi16(255);
+    __m512i t[4] = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j, live -= kLanes) {
+      const Vec x = kFull ? load(p + j * kLanes) : load_part(p + j * kLanes, live < 0 ? 0 : least(live, kLanes));
+      t[j] = _mm512_cvtps_epi32((x * by).v);
+    }
+    const __m512i a = _mm512_packus_epi32(t[0], t[1]), b = _mm512_packus_epi32(t[2], t[3]);
+    const __m512i hi = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+    const __m512i lo = _mm512_packus_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low));
+    _mm512_store_si512(digits.hi[row] + s, _mm512_permutexvar_epi32(order, hi));
+    _mm512_store_si512(digits.lo[row] + s, _mm512_permutexvar_epi32(order, lo));
   }
 };
 
-// Four slots' codes side by side in a word. Columns stay within their quarter of a row: word 4l + i of
-// vector t is column 16l + 4t + i. `restore` puts the sums in order when all slots are done.
-void interleave_quads(const int8_t* v, int count, int d, __m512i* out) {
-  const __m512i none = _mm512_setzero_si512();
-  for (int s = 0; s < count; s += 4, v += 4 * static_cast<int64_t>(d), out += 4) {
-    const int n = count - s;
-    const __m512i r0 = words(v), r1 = n > 1 ? words(v + d) : none, r2 = n > 2 ? words(v + 2 * d) : none,
-                  r3 = n > 3 ? words(v + 3 * d) : none;
-    const __m512i a = _mm512_unpacklo_epi8(r0, r1), b = _mm512_unpackhi_epi8(r0, r1);
-    const __m512i x = _mm512_unpacklo_epi8(r2, r3), y = _mm512_unpackhi_epi8(r2, r3);
-    out[0] = _mm512_unpacklo_epi16(a, x);
-    out[1] = _mm512_unpackhi_epi16(a, x);
-    out[2] = _mm512_unpacklo_epi16(b, y);
-    out[3] = _mm512_unpackhi_epi16(b, y);
+// Four slots' codes side by side in a word, for 64 columns. Columns stay within their quarter of a row: word 4l + i of
+// vector t is column 16l + 4t + i. `restore` puts the sums in order when all slots are done. `left` slots are there.
+[[gnu::always_inline]] inline void interleave(const int8_t* v, int d, int left, __m512i* out) {
+  __m512i r[4] = {words(v)};
+  if (left >= 4) [[likely]] {
+    for (int i = 1; i < 4; ++i) r[i] = words(v + i * d);
+  } else {
+    for (int i = 1; i < 4; ++i) r[i] = i < left ? words(v + i * d) : _mm512_setzero_si512();
   }
+  const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);
+  const __m512i x = _mm512_unpacklo_epi8(r[2], r[3]), y = _mm512_unpackhi_epi8(r[2], r[3]);
+  out[0] = _mm512_unpacklo_epi16(a, x);
+  out[1] = _mm512_unpackhi_epi16(a, x);
+  out[2] = _mm512_unpacklo_epi16(b, y);
+  out[3] = _mm512_unpackhi_epi16(b, y);
 }
 
 template <int kQ>
 struct DigitValues {
-  // Adds `quads` groups of four slots to 64 columns of kQ rows of out. The lines ahead, as many as slots, are asked
-  // for by the first two groups of rows, or by the only one.
-  static void run(int first_row, const __m512i* values, int quads, const Digits& digits, float* out, int64_t ld,
-                  int rows, const char* next) {
-    constexpr int kW = kQ <= 2 ? 4 : 2;  // 8 … 16 sums
+  static constexpr int kW = kQ <= 2 ? 4 : 2;  // 8 ... 16 sums
+
+  // Adds a block's values to 64 columns, from c on, of kQ rows of out. The lines ahead, as many as slots, are asked
+  // for by the passes over the first eight rows: each has a part of every run's, one to four lines at a step.
+  static void run(int first_row, __m512i* values, const Block& block, const Digits& digits, float* out, int64_t ld,
+                  int rows, int d, int c) {
     const bool halves = rows > 4;
-    int left = !next || first_row > 4 ? 0 : halves ? 2 * quads : 4 * quads;
-    if (left && first_row) next += 2 * quads * 64;
-    for (int t = 0; t < 4; t += kW) {
-      __m512i hi[kQ * kW], lo[kQ * kW];
+    int from = c / 16 + (first_row ? 2 : 0);  // lines of a run that were asked for before, divided by its quads
+    for (int t = 0; t < 4; t += kW, from += halves ? kW / 2 : kW) {
+      const auto go = [&](auto pass) {
+        pass(first_row, values + t, block, digits, out + c + t * kLanes, ld, from, d, c);
+      };
+      if (first_row > 4)
+        go(pass<0, false>);
+      else if (first_row == 0 && t == 0)
+        halves ? go(pass<kW / 2, true>) : go(pass<kW, true>);
+      else
+        halves ? go(pass<kW / 2, false>) : go(pass<kW, false>);
+    }
+  }
+
+  // The first of all passes makes the values that the others read.
+  template <int kLines, bool kFirst>
+  [[gnu::noinline]] static void pass(int first_row, __m512i* values, const Block& block, const Digits& digits,
+                                     float* out, int64_t ld, int from, int d, int c) {
+    __m512i hi[kQ * kW], lo[kQ * kW];
 #pragma GCC unroll 16
-      for (int i = 0; i < kQ * kW; ++i) hi[i] = lo[i] = _mm512_setzero_si512();
-      for (int g = 0; g < quads; ++g) {
-        if (left > 0) next = once_here(next, values + 4 * g + t);
-        for (int l = halves ? kW / 2 : kW; l > 0 && left > 0; --l, --left, next += 64) prefetch(next);
-        __m512i v[kW];
+    for (int i = 0; i < kQ * kW; ++i) hi[i] = lo[i] = _mm512_setzero_si512();
+    const uint8_t *ph = digits.hi[first_row], *pl = digits.lo[first_row];
+    int left = block.count;
+    for (int r = 0; r < block.runs; ++r) {
+      const int quads = block.run[r].quads;
+      const char* next = block.run[r].next + from * quads * 64;
+      const int8_t* codes = block.run[r].codes + c;
+      for (int g = 0; g < quads; ++g, values += 4, ph += 4, pl += 4) {
+        if (kFirst && kLines > 1) next = once_here(next, codes);
 #pragma GCC unroll 4
-        for (int w = 0; w < kW; ++w) v[w] = words(values + 4 * g + t + w);
+        for (int l = 0; l < kLines; ++l, next += 64) prefetch(next);
+        __m512i v[4];
+        if constexpr (kFirst) {
+          interleave(codes, d, left, v);
+          codes += 4 * d;
+          left -= 4;
+#pragma GCC unroll 4
+          for (int w = 0; w < 4; ++w) _mm512_store_si512(values + w, v[w]);
+        } else {
+#pragma GCC unroll 4
+          for (int w = 0; w < kW; ++w) v[w] = words(values + w);
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < kQ; ++i) {
-          const __m512i h = word(digits.hi[first_row + i] + 4 * g), l = word(digits.lo[first_row + i] + 4 * g);
+          const __m512i h = word(ph + i * kBlock), l = word(pl + i * kBlock);
 #pragma GCC unroll 4
           for (int w = 0; w < kW; ++w) {
             add_quads(hi[i * kW + w], h, v[w]);
@@ -195,31 +290,44 @@ struct DigitValues {
           }
         }
       }
-      // 32 slots of 255 * 127 * 256 stay below 2^31.
-#pragma GCC unroll 4
-      for (int i = 0; i < kQ; ++i)
-#pragma GCC unroll 4
-        for (int w = 0; w < kW; ++w) {
-          float* o = out + (first_row + i) * ld + (t + w) * kLanes;
-          const Vec sum = {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(hi[i * kW + w], 8), lo[i * kW + w]))};
-          store(o, fma(sum, set1(digits.scale[first_row + i]), load(o)));
-        }
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < kQ; ++i)
+#pragma GCC unroll 4
+      for (int w = 0; w < kW; ++w) {
+        float* o = out + (first_row + i) * ld + w * kLanes;
+        const Vec sum = {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(hi[i * kW + w], 8), lo[i * kW + w]))};
+        store(o, fma(sum, set1(digits.scale[first_row + i]), load(o)));
+      }
   }
 };
 
-void digit_values(const int8_t* v, const float* scales, int count, int d, const float* p, int64_t ld, int rows,
-                  float* out, int64_t ld_out, const void* next) {
+void add_block(const Block& block, int d, const float* p, int64_t ld, const float* largest, int rows, float* out,
+               int64_t ld_out) {
   Digits digits;
   __m512i values[kBlock];
-  for (int s = 0; s < count; s += kBlock) {
-    const int n = least(kBlock, count - s), quads = (n + 3) / 4;
-    each_group<4, TakeDigits>(rows, p + s, ld, scales + s, n, &digits);
-    const int64_t at = static_cast<int64_t>(s) * d;
-    for (int c = 0; c < d; c += 64) {
-      interleave_quads(v + at + c, n, d, values);
-      each_group<4, DigitValues>(rows, static_cast<const __m512i*>(values), quads, digits, out + c, ld_out, rows,
-                                 next ? static_cast<const char*>(next) + at + int64_t{c} * n : nullptr);
+  each_group<4, TakeDigits>(rows, p, ld, largest, block.count, digits);
+  for (int c = 0; c < d; c += 64) each_group<4, DigitValues>(rows, values, block, digits, out, ld_out, rows, d, c);
+}
+
+void digit_values(const SlotRun* runs, int n, int d, const float* p, int64_t ld, const float* largest, int rows,
+                  float* out, int64_t ld_out) {
+  Block block;
+  int slots = 0, parts = 0;
+  for (int i = 0; i < n; ++i) {
+    const auto* codes = static_cast<const int8_t*>(runs[i].codes);
+    const auto* next = static_cast<const char*>(runs[i].next ? runs[i].next : codes);
+    for (int s = 0, some; s < runs[i].count; s += some) {
+      some = least(runs[i].count - s, kBlock - slots);
+      block.run[parts++] = {codes + int64_t{s} * d, next + int64_t{s} * d, (some + 3) / 4};
+      slots += some;
+      const bool last = i + 1 == n && s + some == runs[i].count;
+      if (!last && slots % 4 == 0 && slots < kBlock) continue;
+      block.count = slots;
+      block.runs = parts;
+      add_block(block, d, p, ld, largest, rows, out, ld_out);
+      p += slots;
+      slots = parts = 0;
     }
   }
 }
@@ -290,13 +398,14 @@ struct PairValues {
 
 }  // namespace
 
-void narrow_values(DType dtype, const void* codes, const float* scales, int count, int d, const void* p, int64_t ld,
-                   int rows, float* out, int64_t ld_out, const void* next) {
+void narrow_values(DType dtype, const SlotRun* runs, int n, int d, const void* p, int64_t ld, const float* largest,
+                   int rows, float* out, int64_t ld_out) {
   if (dtype == DType::kI8)
-    return digit_values(static_cast<const int8_t*>(codes), scales, count, d, static_cast<const float*>(p), ld, rows,
-                        out, ld_out, next);
-  each_group<8, PairValues>(rows, static_cast<const uint16_t*>(codes), count, d, static_cast<const uint16_t*>(p), ld,
-                            out, ld_out, static_cast<const char*>(next));
+    return digit_values(runs, n, d, static_cast<const float*>(p), ld, largest, rows, out, ld_out);
+  const auto* weights = static_cast<const uint16_t*>(p);
+  for (int i = 0; i < n; weights += runs[i++].count)
+    each_group<8, PairValues>(rows, static_cast<const uint16_t*>(runs[i].codes), runs[i].count, d, weights, ld, out,
+                              ld_out, static_cast<const char*>(runs[i].next));
 }
 
 void narrow_restore(DType dtype, float* sums, int64_t ld, int rows, int d) {

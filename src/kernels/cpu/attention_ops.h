@@ -42,6 +42,10 @@ struct SoftmaxStep {
   float* sum;             // [rows] running sum of p
   float* shrink;          // [rows] out: factor for what was accumulated before this step
   void* p;                // [rows] of stride `ld`: f32 (may be `scores`) or bf16, 0 where not visible
+  // NarrowOps over int8 only: p is stored times weights[column], which `sum` does not see; largest [rows, 16] has the
+  // maxima of what is stored, column by column.
+  const float* weights = nullptr;
+  float* largest = nullptr;
 };
 
 // Matrix products of a tile. Operand elements are f32, or bf16 in pairs. The packed operand is made of
@@ -67,6 +71,13 @@ struct TileOps {
   int64_t key_depth(int d) const { return element == 2 ? (d + 1) / 2 * 2 : d; }
 };
 
+// Slots that lie behind each other, and where the part to be read later starts that they ask for (null: nowhere).
+struct SlotRun {
+  const void* codes;
+  int count;
+  const void* next;
+};
+
 // The streaming path of narrow caches with operands rounded as ActivationType::kBF16 allows: queries and
 // probabilities in bf16 pairs, or in two 8-bit digits each. attention_decode_avx512.cc has the errors.
 struct NarrowOps {
@@ -74,14 +85,15 @@ struct NarrowOps {
   // Queries [rows, d] of stride ldq -> what `scores` reads, query_bytes long.
   int64_t (*query_bytes)(DType dtype, int rows, int d);
   void (*prepare)(DType dtype, const float* q, int64_t ldq, int rows, int d, void* query);
-  // As stream_scores and stream_values below; p is f32 for int8 codes, bf16 for bf16. The columns of
-  // out are in an order of their own until `restore`.
+  // As stream_scores and stream_values below, values run by run; p is f32, weighted by the values' scales, for int8
+  // codes, bf16 for bf16. The columns of out are in an order of their own until `restore`.
   void (*scores)(DType dtype, const void* codes, const float* scales, int count, int d, const void* query, int rows,
                  float* scores, int64_t ld, const void* next);
   // `step.sum` is [rows, 16]: sums that are added up at the end; step.max may be exceeded by 8.
   void (*softmax)(DType dtype, const SoftmaxStep& step);
-  void (*values)(DType dtype, const void* codes, const float* scales, int count, int d, const void* p, int64_t ld,
-                 int rows, float* out, int64_t ld_out, const void* next);
+  // `largest` as softmax left it, for int8.
+  void (*values)(DType dtype, const SlotRun* runs, int n, int d, const void* p, int64_t ld, const float* largest,
+                 int rows, float* out, int64_t ld_out);
   void (*restore)(DType dtype, float* out, int64_t ld_out, int rows, int d);
 };
 
