@@ -126,7 +126,7 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
       show("dit", "q_norm", layer, q, inner, 3 * inner);
       show("dit", "k_norm", layer, k, inner, 3 * inner);
     }
-    attention_.rotate(c, first, n, q, v || layer + 1 < layers);
+    attention_.append(c, first, n, q, v || layer + 1 < layers);
   };
   const auto leave = [&](Context& c, int layer, int64_t first, int64_t n) {
     const Layer& l = layers_[static_cast<size_t>(layer)];
@@ -150,12 +150,14 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
 
   linear(ctx, in_, x, m, hidden);
   if (show) show("dit", "hidden", -1, hidden, d, d);
+  attention_.enter(0, chunk);
   rows([&](Context& c, int64_t first, int64_t n) { enter(c, 0, first, n); });
   for (int layer = 0; layer < layers; ++layer) {
     const bool last = layer + 1 == layers;
     ctx.layer = layer;
-    attention_.attend(ctx, lanes_, layer, chunk, qkv, last && !v ? nullptr : mixed);
+    attention_.attend(ctx, chunk, qkv, last && !v ? nullptr : mixed);
     if (last && !v) break;
+    if (!last) attention_.enter(layer + 1, chunk);
     rows([&](Context& c, int64_t first, int64_t n) {
       leave(c, layer, first, n);
       if (!last) enter(c, layer + 1, first, n);
