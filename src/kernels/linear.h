@@ -28,6 +28,11 @@ enum class LinearMode : uint8_t { kStore, kAccumulate };  // y = â€¦  |  y += â€
 void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, float* y,
             LinearMode mode = LinearMode::kStore, int64_t x_stride = 0, int64_t y_stride = 0);
 
+// y[M, N] = out(gelu_tanh(in(x))), rows dense; `wide` [M, in.out()] may take what comes between. With panels for both
+// (below) nothing does: pieces of it go on to `out`, rounded to bf16, and GELU is no more exact than that needs.
+void gelu_mlp(Context& ctx, const LinearWeight& in, const LinearWeight& out, const float* x, int64_t m, float* wide,
+              float* y);
+
 // A second copy of a weight of a model that stays in the caches, where unpacking the weights of every call costs as
 // much as reading them: bf16 words in the order in which products with bf16 activations take them. With it a product
 // has one body for any M, whose rows have the bits of the large-M body. Its bytes; 0 where no such product exists

@@ -140,18 +140,29 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
 
     adaptive_norm(c, plain, h, n, d, at(layer, 3, first), norm);
     if (show) show("dit", "mlp_in", layer, norm, d, d);
-    linear(c, l.mlp_in, norm, n, w);
-    gelu_tanh(c, w, n * config_.mlp_dim);
-    linear(c, l.mlp_out, w, n, b);
+    gelu_mlp(c, l.mlp_in, l.mlp_out, norm, n, w, b);
     if (show) show("dit", "mlp", layer, b, d, d);
     add_gated(c, b, n, d, at(layer, 5, first), h);
     if (show) show("dit", "hidden", layer, h, d, d);
   };
 
-  linear(ctx, in_, x, m, hidden);
+  // The ends too, if they have panels: without, a product's body would depend on how many rows a thread has.
+  const auto begin = [&](Context& c, int64_t first, int64_t n) {
+    linear(c, in_, x + first * config_.channels, n, hidden + first * d);
+  };
+  const auto end = [&](Context& c, int64_t first, int64_t n) {
+    c.layer = -1;
+    adaptive_norm(c, final_norm_, hidden + first * d, n, d, {table.final(), 2 * d, timestep + first}, normed + first * d);
+    linear(c, out_, normed + first * d, n, v + first * config_.channels);
+  };
+  const bool ends = in_.panels && out_.panels && !show;
+  if (!ends) begin(ctx, 0, m);
   if (show) show("dit", "hidden", -1, hidden, d, d);
   attention_.enter(0, chunk);
-  rows([&](Context& c, int64_t first, int64_t n) { enter(c, 0, first, n); });
+  rows([&](Context& c, int64_t first, int64_t n) {
+    if (ends) begin(c, first, n);
+    enter(c, 0, first, n);
+  });
   for (int layer = 0; layer < layers; ++layer) {
     const bool last = layer + 1 == layers;
     ctx.layer = layer;
@@ -161,18 +172,20 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
     rows([&](Context& c, int64_t first, int64_t n) {
       leave(c, layer, first, n);
       if (!last) enter(c, layer + 1, first, n);
+      if (last && ends) end(c, first, n);
     });
   }
   ctx.layer = -1;
-  if (!v) return;
-  adaptive_norm(ctx, final_norm_, hidden, m, d, {table.final(), 2 * d, timestep}, normed);
-  linear(ctx, out_, normed, m, v);
+  if (v && !ends) end(ctx, 0, m);
 }
 
 void Dit::pack(Context& ctx) {
   std::vector<LinearWeight*> all;
   for (Layer& l : layers_) all.insert(all.end(), {&l.qkv, &l.out, &l.mlp_in, &l.mlp_out});
-  panels_ = pack_panels(ctx, all, kPanelBytes);
+  std::vector<LinearWeight*> ends = all;
+  ends.insert(ends.end(), {&in_, &out_});
+  panels_ = pack_panels(ctx, ends, kPanelBytes);
+  if (!panels_) panels_ = pack_panels(ctx, all, kPanelBytes);
 }
 
 size_t Dit::velocity_bytes() const {

@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "kernels/cpu/attention_vec.h"
 #include "kernels/cpu/linear_bodies.h"
 
 namespace lacuna::cpu {
@@ -74,7 +75,23 @@ void product(const LinearPiece& p, int64_t x_words) {
   }
 }
 
-constexpr PanelBodies kBodies{kLanes, product};
+// elementwise_body.h's gelu_tanh with the exponential of degree 3 and a reciprocal of 14 bits (6e-5).
+inline __m512 gelu(__m512 x) {
+  const Vec cubic = set1(-2.30220819813f * 0.044715f), linear = set1(-2.30220819813f);  // -2 sqrt(2/pi) log2(e)
+  const Vec a = vmax(set1(-20.0f), {x});
+  const Vec e = exp2<3>(vmin(set1(126.0f), a * fma(a * a, cubic, linear)));
+  return _mm512_mul_ps(a.v, _mm512_rcp14_ps((set1(1.0f) + e).v));
+}
+
+void pack_gelu(const float* y, int64_t y_stride, int64_t rows, int64_t count, float* words, int64_t x_words) {
+  for (int64_t r = 0; r < rows; ++r, y += y_stride, words += x_words)
+    for (int64_t c = 0; c < count; c += 2 * kLanes) {
+      const __m512 a = gelu(_mm512_loadu_ps(y + c)), b = gelu(_mm512_loadu_ps(y + c + kLanes));
+      _mm512_storeu_ps(words + c / 2, reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(b, a)));
+    }
+}
+
+constexpr PanelBodies kBodies{kLanes, product, pack_gelu};
 
 }  // namespace
 
