@@ -108,13 +108,13 @@ void LatentAttention::enter(int layer, const LatentChunk& chunk) {
 void LatentAttention::append(Context& ctx, int64_t first, int64_t rows, float* qkv, bool queries) const {
   const int64_t n = width(), stride = 3 * n, half = rope_dim_ / 2;
   const float *cos = cos_ + first * half, *sin = sin_ + first * half;
-  for (float* x : {qkv, qkv + n}) {
-    if (x == qkv && !queries) continue;
-    if (pairs_ == Pairs::kHalves)
-      rope(ctx, x, rows, heads_, head_dim_, cos, sin, stride);
-    else
-      rope_pairs(ctx, x, rows, heads_, head_dim_, rope_dim_, cos, sin, stride);
-  }
+  // Heads of k follow those of q.
+  float* x = queries ? qkv : qkv + n;
+  const int64_t heads = queries ? 2 * heads_ : heads_;
+  if (pairs_ == Pairs::kHalves)
+    rope(ctx, x, rows, heads, head_dim_, cos, sin, stride);
+  else
+    rope_pairs(ctx, x, rows, heads, head_dim_, rope_dim_, cos, sin, stride);
   kv_append_rows(ctx, layout_, rows_, heads_, first, rows, qkv + n, qkv + 2 * n, stride);
 }
 

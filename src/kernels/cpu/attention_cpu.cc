@@ -30,6 +30,8 @@ constexpr int64_t kChunkSlots = 1024;
 constexpr int64_t kMaxChunks = 32;
 // Query rows that lanes take, and rows of a sequence that are cut into items of them: more are worth packing keys for.
 constexpr int64_t kLeastLaneRows = 9, kLaneRows = 16, kMostLaneRows = 64;
+// Slots from the one in use to the one that is asked for.
+constexpr int64_t kLanesAhead = 32;
 // Slots of such an item that are worth two, so that an odd number of heads divides among two threads.
 constexpr int64_t kLeastHalves = 64;
 // Elements of a piece of merge_attention: a few microseconds.
@@ -121,7 +123,7 @@ void visible_slots(const Job& job, Item& item, int64_t* begin, int64_t* end) {
   item.pairs = 0;
   int64_t see = 0, same = item.token_begin;  // the end of tokens before `same`
   for (int64_t t = item.token_begin; t < item.token_end; ++t) {
-    lo = first_visible(job.layout, head, lo, s.first_position + t, job.shape.window);
+    if (job.shape.window > 0) lo = first_visible(job.layout, head, lo, s.first_position + t, job.shape.window);
     const int64_t b = std::min(lo, item.slot_end);
     if (t == same) {
       see = job.end(s, head, t);
@@ -375,16 +377,16 @@ void lane_item(Context& ctx, const Job& job, Item& item, int thread) {
   for (int64_t slot = begin[0]; slot < last;) {
     const KvStretch k = part_of(head, KvPart::kKeys, slot), v = part_of(head, KvPart::kValues, slot);
     const int64_t count = std::min(k.count, last - slot), after = slot + count;
-    // The head's next page, most often in this thread's next item if not in this one; else the next item's first.
+    // Most often this thread's next item begins where this one ends, or with the next head.
     const Item* next = &item + 1;
-    LaneAhead ahead{};
-    if (after < head.length) {
-      ahead = {part_of(head, KvPart::kKeys, after).codes, part_of(head, KvPart::kValues, after).codes};
-    } else if (next < job.items_end) {
-      const KvHeadView& other = job.sequences[static_cast<size_t>(next->sequence)].heads[next->head];
-      const int64_t at = next->slot_begin;
-      if (at < other.length) ahead = {part_of(other, KvPart::kKeys, at).codes, part_of(other, KvPart::kValues, at).codes};
+    const KvHeadView* other = &head;
+    int64_t at = slot + kLanesAhead;
+    if (at >= head.length && next < job.items_end) {
+      other = &job.sequences[static_cast<size_t>(next->sequence)].heads[next->head];
+      at += next->slot_begin - head.length;
     }
+    LaneAhead ahead{};
+    if (at < other->length) ahead = {part_of(*other, KvPart::kKeys, at).codes, part_of(*other, KvPart::kValues, at).codes};
     job.lane_ops->add(lanes, k.codes, v.codes, ahead, static_cast<int>(count), job.d(), static_cast<int>(slot));
     slot = after;
   }

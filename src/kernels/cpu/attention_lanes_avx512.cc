@@ -83,13 +83,15 @@ template <int kD>
 // or from memory, and sixteen keys side by side are no stream that the hardware knows. Not inlined: where sums live on
 // behind the loop, GCC 12 copies them in and out of it at every step.
 template <int kD>
-[[gnu::noinline]] void score(const int32_t* q, const void* keys, const char* next, float* scores) {
+[[gnu::noinline]] void score(const int32_t* q, const void* keys, const LaneAhead& ahead, float* scores) {
   __m512 sums[kKeys];
 #pragma GCC unroll 16
   for (int i = 0; i < kKeys; ++i) sums[i] = _mm512_setzero_ps();
   const auto* key = static_cast<const int32_t*>(keys);
-  for (int c = 0; c < kD / 2; ++c, ++key, next += 64) {
-    prefetch(next);
+  const auto *next_key = static_cast<const char*>(ahead.keys), *next_value = static_cast<const char*>(ahead.values);
+  for (int c = 0; c < kD / 2; ++c, ++key, next_key += 64, next_value += 64) {
+    prefetch(next_key);
+    prefetch(next_value);
     const __m512i x = words(q + c * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kKeys; ++i)
@@ -109,7 +111,7 @@ void add_keys(LaneItem& it, const uint16_t* k, const uint16_t* v, const LaneAhea
     k = rest;
   }
   alignas(64) float scores[kKeys * kLanes];
-  score<kD>(it.q, k, static_cast<const char*>(ahead.keys), scores);
+  score<kD>(it.q, k, ahead, scores);
 
   [[maybe_unused]] __mmask16 seen[kKeys];
   if constexpr (!kAll) {
@@ -156,13 +158,9 @@ void add_keys(LaneItem& it, const uint16_t* k, const uint16_t* v, const LaneAhea
                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = words(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   int32_t* to = it.values + it.pairs * kD;
-  const char* next = static_cast<const char*>(ahead.values);
   for (int pair = 0; pair < pairs; ++pair, v += 2 * kD)
 #pragma GCC unroll 4
     for (int c = 0; c < kD; c += 32, to += 32) {
-      prefetch(next);
-      prefetch(next + 64);
-      next += 128;
       const bool both = kAll || 2 * pair + 1 < count;
       const __m512i even = words(v + c), odd = both ? words(v + kD + c) : _mm512_setzero_si512();
       _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));

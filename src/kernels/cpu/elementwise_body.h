@@ -126,7 +126,20 @@ void gelu_tanh(float* x, int64_t n) {
 }
 
 void rope_pairs(float* x, int64_t half, const float* cosine, const float* sine) {
-  for (int64_t i = 0; i < half; ++i) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  // A vector of eight pairs: x cos + (neighbour) (-sin, sin).
+  const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  const __m512i even = _mm512_set1_epi64(0x80000000);  // signs of even elements
+  for (; i + 8 <= half; i += 8) {
+    const __m512 a = _mm512_loadu_ps(x + 2 * i);
+    const __m512 c = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(cosine + i)));
+    const __m512 s = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(sine + i)));
+    const __m512 signed_s = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(s), even));
+    _mm512_storeu_ps(x + 2 * i, _mm512_fmadd_ps(a, c, _mm512_mul_ps(_mm512_permute_ps(a, 0xb1), signed_s)));
+  }
+#endif
+  for (; i < half; ++i) {
     const float a = x[2 * i], b = x[2 * i + 1], c = cosine[i], s = sine[i];
     x[2 * i] = a * c - b * s;
     x[2 * i + 1] = b * c + a * s;
