@@ -14,6 +14,7 @@ struct LinearWeight {
   const float* bias = nullptr;  // [N] or null
   const void* panels = nullptr;  // the weights once more, packed (pack_panels), or null
   size_t panel_bytes = 0;
+  bool one_body = false;  // for any M: rows that are shared out among threads keep their bits
   int64_t out() const { return weight.shape[0]; }
   int64_t in() const { return weight.shape[1]; }
 };

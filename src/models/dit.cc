@@ -146,7 +146,7 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
     if (show) show("dit", "hidden", layer, h, d, d);
   };
 
-  // The ends too, if they have panels: without, a product's body would depend on how many rows a thread has.
+  // The ends too: pack() sees to it that a product's body does not depend on how many rows a thread has.
   const auto begin = [&](Context& c, int64_t first, int64_t n) {
     linear(c, in_, x + first * config_.channels, n, hidden + first * d);
   };
@@ -155,7 +155,7 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
     adaptive_norm(c, final_norm_, hidden + first * d, n, d, {table.final(), 2 * d, timestep + first}, normed + first * d);
     linear(c, out_, normed + first * d, n, v + first * config_.channels);
   };
-  const bool ends = in_.panels && out_.panels && !show;
+  const bool ends = panels_ && !show;
   if (!ends) begin(ctx, 0, m);
   if (show) show("dit", "hidden", -1, hidden, d, d);
   attention_.enter(0, chunk);
@@ -182,10 +182,8 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
 void Dit::pack(Context& ctx) {
   std::vector<LinearWeight*> all;
   for (Layer& l : layers_) all.insert(all.end(), {&l.qkv, &l.out, &l.mlp_in, &l.mlp_out});
-  std::vector<LinearWeight*> ends = all;
-  ends.insert(ends.end(), {&in_, &out_});
-  panels_ = pack_panels(ctx, ends, kPanelBytes);
-  if (!panels_) panels_ = pack_panels(ctx, all, kPanelBytes);
+  panels_ = pack_panels(ctx, all, kPanelBytes);
+  in_.one_body = out_.one_body = static_cast<bool>(panels_);
 }
 
 size_t Dit::velocity_bytes() const {

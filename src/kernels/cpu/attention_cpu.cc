@@ -363,12 +363,16 @@ void lane_item(Context& ctx, const Job& job, Item& item, int thread) {
 
   visible_slots(job, item, begin, end);
   const float* q[kLaneRows];
-  for (int64_t i = 0; i < kLaneRows; ++i) {
-    const int64_t t = i / job.group;
-    row_begin[i] = i < rows ? static_cast<int32_t>(begin[t]) : 0;
-    row_end[i] = i < rows ? static_cast<int32_t>(end[t]) : 0;
-    q[i] = i < rows ? job.query(s, item.head, item.token_begin + t) + i % job.group * d : nullptr;
-  }
+  float* out[kLaneRows];
+  int64_t row = 0;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t j = 0; j < job.group; ++j, ++row) {
+      row_begin[row] = static_cast<int32_t>(begin[t]);
+      row_end[row] = static_cast<int32_t>(end[t]);
+      q[row] = job.query(s, item.head, item.token_begin + t) + j * d;
+      out[row] = job.output(s, item.head, item.token_begin + t) + j * d;
+    }
+  for (; row < kLaneRows; ++row) row_begin[row] = row_end[row] = 0;
   lanes.all_begin = static_cast<int32_t>(begin[tokens - 1]);
   lanes.all_end = static_cast<int32_t>(end[0]);
   job.lane_ops->begin(lanes, q, job.d());
@@ -396,13 +400,10 @@ void lane_item(Context& ctx, const Job& job, Item& item, int thread) {
     std::copy_n(lanes.total, rows, lanes.sums + rows * (job.ld + 1));
     return;
   }
-  float* out[kLaneRows];
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t token = item.token_begin + i / job.group, j = i % job.group;
-    out[i] = job.output(s, item.head, token) + j * d;
-    if (float* lse = job.lse(s, item.head, token)) lse[j] = (lanes.max[i] + std::log2(lanes.total[i])) * kLn2;
-  }
   job.lane_ops->divide(lanes, out, job.d());
+  for (int64_t i = 0; s.lse && i < rows; ++i)
+    job.lse(s, item.head, item.token_begin + i / job.group)[i % job.group] =
+        (lanes.max[i] + std::log2(lanes.total[i])) * kLn2;
 }
 
 // Puts the chunks of one head together by their log-sum-exp, in the order of their slots.

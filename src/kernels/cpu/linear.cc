@@ -159,7 +159,7 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
   const Operand operand = operand_for(ctx.activations, w.weight.dtype, b);
   if (w.panels && operand == Operand::kBf16Pair) return linear_panels(ctx, b, w, x, m, y, mode, x_stride, y_stride);
   const bool pair_codes = w.weight.dtype == DType::kI8 && operand == Operand::kBf16Pair;
-  const auto body = m <= (pair_codes ? kMaxSmallCodeRows : kMaxSmallRows) ? linear_small : linear_large;
+  const auto body = !w.one_body && m <= (pair_codes ? kMaxSmallCodeRows : kMaxSmallRows) ? linear_small : linear_large;
   body(ctx, b, operand, w, x, m, y, mode, x_stride, y_stride);
 }
 
