@@ -167,6 +167,7 @@ BENCHMARK(cola_velocity)
     ->Args({1, 1, 256, 1, 0})
     ->Args({1, 2, 256, 1, 0})
     ->Args({1, 4, 256, 1, 0})
+    ->Args({1, 16, 256, 1, 0})
     ->Unit(benchmark::kMillisecond)->Iterations(7)->UseRealTime();
 BENCHMARK(cola_decode)->Args({1, 1, 256})->Unit(benchmark::kMillisecond)->Iterations(7)->UseRealTime();
 

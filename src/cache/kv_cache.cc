@@ -42,11 +42,9 @@ void KvCache::sync(int layer, int head) {
       pages_[static_cast<size_t>(layer)][static_cast<size_t>(head)].data();
 }
 
-void KvCache::append(Context& ctx, int layer, const float* k, const float* v, int64_t tokens, int64_t first_position,
-                     int64_t stride) {
+void KvCache::reserve(int layer, int64_t tokens) {
   const KvLayout& l = layout(layer);
-  const int heads = kv_heads(layer);
-  for (int h = 0; h < heads; ++h) {
+  for (int h = 0; h < kv_heads(layer); ++h) {
     HeadPages& pages = pages_[static_cast<size_t>(layer)][static_cast<size_t>(h)];
     const size_t need = static_cast<size_t>((length(layer, h) + tokens + l.page_slots - 1) / l.page_slots);
     pages.reserve(need);
@@ -54,8 +52,17 @@ void KvCache::append(Context& ctx, int layer, const float* k, const float* v, in
       pages.push_back(static_cast<std::byte*>(account_->allocate(MemoryTag::kKv, l.page_bytes())));
     sync(layer, h);
   }
-  kv_append(ctx, l, views(layer), heads, k, v, tokens, first_position, stride);
-  for (int h = 0; h < heads; ++h) views_[static_cast<size_t>(layer)][static_cast<size_t>(h)].length += tokens;
+}
+
+void KvCache::extend(int layer, int64_t tokens) {
+  for (KvHeadView& v : views_[static_cast<size_t>(layer)]) v.length += tokens;
+}
+
+void KvCache::append(Context& ctx, int layer, const float* k, const float* v, int64_t tokens, int64_t first_position,
+                     int64_t stride) {
+  reserve(layer, tokens);
+  kv_append(ctx, layout(layer), views(layer), kv_heads(layer), k, v, tokens, first_position, stride);
+  extend(layer, tokens);
 }
 
 void KvCache::fill(int layer, int head, int64_t slots,

@@ -41,6 +41,9 @@ class KvCache {
   // Adds `tokens` slots to every head of a layer; k, v [tokens, G, d] f32, rows `stride` floats apart (0 = dense).
   void append(Context& ctx, int layer, const float* k, const float* v, int64_t tokens, int64_t first_position,
               int64_t stride = 0);
+  // The same in steps: pages for `tokens` more slots of a layer, and once kv_append_rows has written them, their count.
+  void reserve(int layer, int64_t tokens);
+  void extend(int layer, int64_t tokens);
   // Physically keeps only the named slots (ascending) of one head, in place, and frees the emptied pages.
   void keep(Context& ctx, int layer, int head, std::span<const int32_t> slots);
   // Gives an empty head `slots` slots whose contents copy(page, first, count) writes, page by page: slots

@@ -1,5 +1,6 @@
 #include "kernels/attention.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "base/error.h"
@@ -110,19 +111,39 @@ void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* l
 
 void kv_append(Context& ctx, const KvLayout& layout, const KvHeadView* heads, int kv_heads, const float* k,
                const float* v, int64_t tokens, int64_t first_position, int64_t stride) {
+  const KvRows all{heads, tokens, first_position};
+  kv_append_rows(ctx, layout, {&all, 1}, kv_heads, 0, tokens, k, v, stride);
+}
+
+void kv_append_rows(Context& ctx, const KvLayout& layout, std::span<const KvRows> sequences, int kv_heads, int64_t first,
+                    int64_t tokens, const float* k, const float* v, int64_t stride) {
   constexpr const char* kOp = "kv_append";
   check_layout(kOp, layout);
   if (kv_heads < 1) throw BadInput("{}: {} KV heads; expected 1 or more", kOp, kv_heads);
   const int64_t row = static_cast<int64_t>(kv_heads) * layout.head_dim;
   stride = check_stride(kOp, "stride", stride, row);
-  check_positions(kOp, first_position, tokens);
+  int64_t all = 0;
+  for (const KvRows& s : sequences) {
+    check_positions(kOp, s.first_position, s.tokens);
+    all += s.tokens;
+    if (s.tokens == 0) continue;
+    if (!s.heads || !k || !v) throw BadInput("{}: {} tokens without heads, k or v", kOp, s.tokens);
+    for (int g = 0; g < kv_heads; ++g)
+      if (!s.heads[g].pages) throw BadInput("{}: KV head {} has no pages for {} new tokens", kOp, g, s.tokens);
+  }
+  if (first < 0 || tokens < 0 || first > all - tokens)
+    throw BadInput("{}: rows {} to {} of {}", kOp, first, first + tokens, all);
   if (tokens == 0) return;
-  if (!heads || !k || !v) throw BadInput("{}: {} tokens without heads, k or v", kOp, tokens);
-  for (int g = 0; g < kv_heads; ++g)
-    if (!heads[g].pages) throw BadInput("{}: KV head {} has no pages for {} new tokens", kOp, g, tokens);
 
   OpScope scope(ctx, OpKind::kKvAppend);
-  cpu::kv_append(ctx, layout, heads, kv_heads, k, v, tokens, first_position, stride);
+  int64_t done = 0, at = 0;  // rows of this call, of all sequences, before s
+  for (const KvRows& s : sequences) {
+    const int64_t skip = std::max<int64_t>(0, first - at), n = std::min(s.tokens - skip, tokens - done);
+    at += s.tokens;
+    if (n <= 0) continue;
+    cpu::kv_append(ctx, layout, s.heads, kv_heads, k + done * stride, v + done * stride, skip, n, s.first_position, stride);
+    done += n;
+  }
   scope.record.m = tokens;
   scope.record.n = kv_heads;
   scope.record.k = layout.head_dim;

@@ -82,6 +82,16 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
 void kv_append(Context& ctx, const KvLayout& layout, const KvHeadView* heads, int kv_heads, const float* k,
                const float* v, int64_t tokens, int64_t first_position, int64_t stride = 0);
 
+// New slots of one of several sequences whose rows follow one another.
+struct KvRows {
+  const KvHeadView* heads = nullptr;  // as in kv_append
+  int64_t tokens = 0, first_position = 0;
+};
+// kv_append for rows [first, first + rows) of all sequences' rows, so that threads may share them out. k and v are
+// row `first`'s.
+void kv_append_rows(Context& ctx, const KvLayout& layout, std::span<const KvRows> sequences, int kv_heads, int64_t first,
+                    int64_t rows, const float* k, const float* v, int64_t stride);
+
 // Reads slots [begin, end) of a head as f32 rows: k_out, v_out [end-begin, d]; either may be null.
 void kv_read(Context& ctx, const KvLayout& layout, const KvHeadView& head, int64_t begin, int64_t end, float* k_out,
              float* v_out);

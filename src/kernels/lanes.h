@@ -14,13 +14,13 @@ namespace lacuna {
 // op, with the time that the threads spent in it divided by their number; every piece must run the same ops.
 class Lanes {
  public:
-  // body(lane, index) for every index below count.
-  void pieces(Context& ctx, int64_t count, const std::function<void(Context& lane, int64_t index)>& body);
   // body(lane, first, rows) for pieces of [0, m).
   void rows(Context& ctx, int64_t m, const std::function<void(Context& lane, int64_t first, int64_t rows)>& body);
 
  private:
   struct Lane;
+  // body(lane, index) for every index below count.
+  void pieces(Context& ctx, int64_t count, const std::function<void(Context& lane, int64_t index)>& body);
   std::vector<std::shared_ptr<Lane>> lanes_;  // one a thread
 };
 

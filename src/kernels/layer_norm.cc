@@ -14,6 +14,33 @@ void check_norm(const char* op, const LayerNorm& norm) {
 
 int64_t norm_bytes(const LayerNorm& norm, int64_t d) { return ((norm.weight != nullptr) + (norm.bias != nullptr)) * d * 4; }
 
+// Runs the norms of `groups` times d values of m rows, up to kNormRows at a time, with each row's shift from `table`.
+void for_norms(Context& ctx, const LayerNorm& norm, const float* x, int64_t m, int64_t groups, int64_t d, int64_t stride,
+               const RowTable* table, bool add, float* y) {
+  const auto& ops = cpu::elementwise_ops(cpu_isa());
+  const int64_t piece = std::max<int64_t>(1, kPieceElements / (groups * d));
+  const auto body = [&](int64_t index, int) {
+    cpu::NormRows rows;
+    rows.d = d;
+    rows.weight = norm.weight;
+    rows.bias = norm.bias;
+    rows.eps = norm.eps;
+    rows.add = add;
+    for (int64_t i = index * piece, end = std::min(m, i + piece); i < end; ++i) {
+      const float* shift = table ? table->row(i) : nullptr;
+      for (int64_t at = i * stride, last = at + groups * d; at < last; at += d) {
+        rows.x[rows.count] = x + at;
+        rows.shift[rows.count] = shift;
+        rows.y[rows.count] = y + at;
+        if (++rows.count < cpu::kNormRows && (i + 1 < end || at + d < last)) continue;
+        ops.layer_norm(rows);
+        rows.count = 0;
+      }
+    }
+  };
+  ctx.pool.parallel_for((m + piece - 1) / piece, std::ref(body));
+}
+
 }  // namespace
 
 void layer_norm(Context& ctx, const LayerNorm& norm, const float* x, int64_t m, int64_t d, float* y, LinearMode mode,
@@ -26,14 +53,8 @@ void layer_norm(Context& ctx, const LayerNorm& norm, const float* x, int64_t m, 
   if (m == 0) return;
   if (!x || !y) throw BadInput("{}: {} rows without x or y", kOp, m);
   OpScope scope(ctx, OpKind::kNorm);
-  const auto& ops = cpu::elementwise_ops(cpu_isa());
   const bool add = mode == LinearMode::kAccumulate;
-  for_rows(ctx, m, groups * d, [&](int64_t i) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t at = i * stride + g * d;
-      ops.layer_norm(x + at, d, norm.weight, norm.bias, norm.eps, nullptr, nullptr, add, y + at);
-    }
-  });
+  for_norms(ctx, norm, x, m, groups, d, stride, nullptr, add, y);
   report_rows(scope, m, groups * d, m * groups * d * (add ? 2 : 1), m * groups * d);
   scope.record.weight_bytes = norm_bytes(norm, d);
 }
@@ -47,11 +68,7 @@ void adaptive_norm(Context& ctx, const LayerNorm& norm, const float* x, int64_t 
   if (!x || !y || !shift_scale.values || !shift_scale.of_row)
     throw BadInput("{}: {} rows without x, y or modulation", kOp, m);
   OpScope scope(ctx, OpKind::kNorm);
-  const auto& ops = cpu::elementwise_ops(cpu_isa());
-  for_rows(ctx, m, d, [&](int64_t i) {
-    const float* shift = shift_scale.row(i);
-    ops.layer_norm(x + i * d, d, norm.weight, norm.bias, norm.eps, shift, shift + d, false, y + i * d);
-  });
+  for_norms(ctx, norm, x, m, 1, d, d, &shift_scale, false, y);
   report_rows(scope, m, d, 3 * m * d, m * d);
   scope.record.weight_bytes = norm_bytes(norm, d);
 }

@@ -2,6 +2,7 @@
 
 #include "base/error.h"
 #include "kernels/cpu/linear.h"
+#include "kernels/elementwise.h"
 
 namespace lacuna {
 namespace {
@@ -32,6 +33,19 @@ int64_t scale_bytes(const LinearWeight& w, int64_t rows) {
   return w.weight.dtype == DType::kI8 ? rows * static_cast<int64_t>(sizeof(float)) : 0;
 }
 
+void report_product(OpScope& scope, const Context& ctx, const LinearWeight& w, int64_t m, int64_t activation_bytes) {
+  if (!scope.on()) return;
+  OpRecord& r = scope.record;
+  r.m = m;
+  r.n = w.out();
+  r.k = w.in();
+  r.macs = m * r.n * r.k;
+  const size_t panels = w.panels ? cpu::panel_bytes(ctx.activations, w.weight) : 0;
+  r.weight_bytes =
+      static_cast<int64_t>(panels ? panels : w.weight.bytes()) + scale_bytes(w, r.n) + (w.bias ? r.n * 4 : 0);
+  r.activation_bytes = activation_bytes;
+}
+
 }  // namespace
 
 void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, float* y, LinearMode mode, int64_t x_stride,
@@ -50,17 +64,32 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
 
   OpScope scope(ctx, OpKind::kGemm);
   cpu::linear(ctx, w, x, m, y, mode, x_stride, y_stride);
-  if (scope.on()) {
-    OpRecord& r = scope.record;
-    r.m = m;
-    r.n = n;
-    r.k = k;
-    r.macs = m * n * k;
-    const size_t panels = w.panels ? cpu::panel_bytes(ctx.activations, w.weight) : 0;
-    r.weight_bytes =
-        static_cast<int64_t>(panels ? panels : w.weight.bytes()) + scale_bytes(w, n) + (w.bias ? n * 4 : 0);
-    r.activation_bytes = 4 * m * (k + n * (mode == LinearMode::kAccumulate ? 2 : 1));
+  report_product(scope, ctx, w, m, 4 * m * (k + n * (mode == LinearMode::kAccumulate ? 2 : 1)));
+}
+
+void gelu_mlp(Context& ctx, const LinearWeight& in, const LinearWeight& out, const float* x, int64_t m, float* wide,
+              float* y) {
+  check_weight("gelu_mlp", in);
+  check_weight("gelu_mlp", out);
+  if (out.in() != in.out()) throw BadInput("gelu_mlp: {} inputs after {} outputs", out.in(), in.out());
+  if (m < 0) throw BadInput("gelu_mlp: x has {} rows", m);
+  if (m == 0) return;
+  if (!x || !wide || !y) throw BadInput("gelu_mlp: {} rows without x, y or a place for what comes between", m);
+  if (!cpu::packs_gelu(ctx, in, out)) {
+    linear(ctx, in, x, m, wide);
+    gelu_tanh(ctx, wide, m * in.out());
+    linear(ctx, out, wide, m, y);
+    return;
   }
+  const float* packed = nullptr;
+  {
+    OpScope scope(ctx, OpKind::kGemm);
+    packed = cpu::linear_gelu(ctx, in, x, m);
+    report_product(scope, ctx, in, m, m * (4 * in.in() + 2 * in.out()));
+  }
+  OpScope scope(ctx, OpKind::kGemm);
+  cpu::linear_packed(ctx, out, packed, m, y);
+  report_product(scope, ctx, out, m, m * (2 * out.in() + 4 * out.out()));
 }
 
 size_t panel_bytes(const Context& ctx, const LinearWeight& w) {

@@ -14,6 +14,7 @@ struct LinearWeight {
   const float* bias = nullptr;  // [N] or null
   const void* panels = nullptr;  // the weights once more, packed (pack_panels), or null
   size_t panel_bytes = 0;
+  bool one_body = false;  // for any M: rows that are shared out among threads keep their bits
   int64_t out() const { return weight.shape[0]; }
   int64_t in() const { return weight.shape[1]; }
 };
@@ -27,6 +28,11 @@ enum class LinearMode : uint8_t { kStore, kAccumulate };  // y = â€¦  |  y += â€
 // number of threads beyond the choice between the small-M and large-M body (at 8 rows; int8 times bf16 pairs: 24).
 void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, float* y,
             LinearMode mode = LinearMode::kStore, int64_t x_stride = 0, int64_t y_stride = 0);
+
+// y[M, N] = out(gelu_tanh(in(x))), rows dense; `wide` [M, in.out()] may take what comes between. With panels for both
+// (below) nothing does: pieces of it go on to `out`, rounded to bf16, and GELU is no more exact than that needs.
+void gelu_mlp(Context& ctx, const LinearWeight& in, const LinearWeight& out, const float* x, int64_t m, float* wide,
+              float* y);
 
 // A second copy of a weight of a model that stays in the caches, where unpacking the weights of every call costs as
 // much as reading them: bf16 words in the order in which products with bf16 activations take them. With it a product

@@ -126,7 +126,7 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
       show("dit", "q_norm", layer, q, inner, 3 * inner);
       show("dit", "k_norm", layer, k, inner, 3 * inner);
     }
-    attention_.rotate(c, first, n, q, v || layer + 1 < layers);
+    attention_.append(c, first, n, q, v || layer + 1 < layers);
   };
   const auto leave = [&](Context& c, int layer, int64_t first, int64_t n) {
     const Layer& l = layers_[static_cast<size_t>(layer)];
@@ -140,37 +140,50 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
 
     adaptive_norm(c, plain, h, n, d, at(layer, 3, first), norm);
     if (show) show("dit", "mlp_in", layer, norm, d, d);
-    linear(c, l.mlp_in, norm, n, w);
-    gelu_tanh(c, w, n * config_.mlp_dim);
-    linear(c, l.mlp_out, w, n, b);
+    gelu_mlp(c, l.mlp_in, l.mlp_out, norm, n, w, b);
     if (show) show("dit", "mlp", layer, b, d, d);
     add_gated(c, b, n, d, at(layer, 5, first), h);
     if (show) show("dit", "hidden", layer, h, d, d);
   };
 
-  linear(ctx, in_, x, m, hidden);
+  // The ends too: pack() sees to it that a product's body does not depend on how many rows a thread has.
+  const auto begin = [&](Context& c, int64_t first, int64_t n) {
+    linear(c, in_, x + first * config_.channels, n, hidden + first * d);
+  };
+  const auto end = [&](Context& c, int64_t first, int64_t n) {
+    c.layer = -1;
+    adaptive_norm(c, final_norm_, hidden + first * d, n, d, {table.final(), 2 * d, timestep + first}, normed + first * d);
+    linear(c, out_, normed + first * d, n, v + first * config_.channels);
+  };
+  const bool ends = panels_ && !show;
+  if (!ends) begin(ctx, 0, m);
   if (show) show("dit", "hidden", -1, hidden, d, d);
-  rows([&](Context& c, int64_t first, int64_t n) { enter(c, 0, first, n); });
+  attention_.enter(0, chunk);
+  rows([&](Context& c, int64_t first, int64_t n) {
+    if (ends) begin(c, first, n);
+    enter(c, 0, first, n);
+  });
   for (int layer = 0; layer < layers; ++layer) {
     const bool last = layer + 1 == layers;
     ctx.layer = layer;
-    attention_.attend(ctx, lanes_, layer, chunk, qkv, last && !v ? nullptr : mixed);
+    attention_.attend(ctx, chunk, qkv, last && !v ? nullptr : mixed);
     if (last && !v) break;
+    if (!last) attention_.enter(layer + 1, chunk);
     rows([&](Context& c, int64_t first, int64_t n) {
       leave(c, layer, first, n);
       if (!last) enter(c, layer + 1, first, n);
+      if (last && ends) end(c, first, n);
     });
   }
   ctx.layer = -1;
-  if (!v) return;
-  adaptive_norm(ctx, final_norm_, hidden, m, d, {table.final(), 2 * d, timestep}, normed);
-  linear(ctx, out_, normed, m, v);
+  if (v && !ends) end(ctx, 0, m);
 }
 
 void Dit::pack(Context& ctx) {
   std::vector<LinearWeight*> all;
   for (Layer& l : layers_) all.insert(all.end(), {&l.qkv, &l.out, &l.mlp_in, &l.mlp_out});
   panels_ = pack_panels(ctx, all, kPanelBytes);
+  in_.one_body = out_.one_body = static_cast<bool>(panels_);
 }
 
 size_t Dit::velocity_bytes() const {

@@ -44,8 +44,9 @@ AppendGuard::~AppendGuard() {
   for (const Entry& e : entries_)
     for (int layer = 0; layer < e.kv->layers(); ++layer)
       for (int h = 0; h < e.kv->kv_heads(layer); ++h) {
+        // Also where nothing is to go but pages that were reserved.
         const int64_t keep = e.length + (committed_ ? e.keep : 0);
-        if (e.kv->length(layer, h) > keep) e.kv->truncate(layer, h, keep);
+        e.kv->truncate(layer, h, std::min(keep, e.kv->length(layer, h)));
       }
 }
 
@@ -92,53 +93,49 @@ void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayo
   }
 }
 
-void LatentAttention::rotate(Context& ctx, int64_t first, int64_t rows, float* qkv, bool queries) const {
-  const int64_t n = width(), stride = 3 * n, half = rope_dim_ / 2;
-  const float *cos = cos_ + first * half, *sin = sin_ + first * half;
-  for (float* x : {qkv, qkv + n}) {
-    if (x == qkv && !queries) continue;
-    if (pairs_ == Pairs::kHalves)
-      rope(ctx, x, rows, heads_, head_dim_, cos, sin, stride);
-    else
-      rope_pairs(ctx, x, rows, heads_, head_dim_, rope_dim_, cos, sin, stride);
+void LatentAttention::enter(int layer, const LatentChunk& chunk) {
+  layer_ = layer;
+  rows_.clear();
+  KvHeadView* own = views_.data();
+  for (const LatentPart& p : chunk.parts) {
+    if (p.kv) p.kv->reserve(layer, p.rows);
+    for (int h = 0; h < heads_ && !p.kv; ++h) own[h].length = 0;
+    rows_.push_back({p.kv ? p.kv->views(layer) : own, p.rows, p.first_position});
+    if (!p.kv) own += heads_;
   }
 }
 
-void LatentAttention::attend(Context& ctx, Lanes& lanes, int layer, const LatentChunk& chunk, const float* qkv,
-                             float* mixed) {
+void LatentAttention::append(Context& ctx, int64_t first, int64_t rows, float* qkv, bool queries) const {
+  const int64_t n = width(), stride = 3 * n, half = rope_dim_ / 2;
+  const float *cos = cos_ + first * half, *sin = sin_ + first * half;
+  // Heads of k follow those of q.
+  float* x = queries ? qkv : qkv + n;
+  const int64_t heads = queries ? 2 * heads_ : heads_;
+  if (pairs_ == Pairs::kHalves)
+    rope(ctx, x, rows, heads, head_dim_, cos, sin, stride);
+  else
+    rope_pairs(ctx, x, rows, heads, head_dim_, rope_dim_, cos, sin, stride);
+  kv_append_rows(ctx, layout_, rows_, heads_, first, rows, qkv + n, qkv + 2 * n, stride);
+}
+
+void LatentAttention::attend(Context& ctx, const LatentChunk& chunk, const float* qkv, float* mixed) {
   const int64_t n = width(), stride = 3 * n;
   sequences_.clear();
   KvHeadView* own = views_.data();
   int64_t row = 0;
   for (const LatentPart& p : chunk.parts) {
+    if (p.kv) p.kv->extend(layer_, p.rows);
+    for (int h = 0; h < heads_ && !p.kv; ++h) own[h].length = p.rows;
     AttentionSequence s;
     s.q = qkv + row * stride;
     s.out = mixed ? mixed + row * n : nullptr;
     s.tokens = p.rows;
     s.first_position = p.first_position;
-    s.heads = own;
+    s.heads = p.kv ? p.kv->views(layer_) : own;
     if (!p.kv) own += heads_;
     sequences_.push_back(s);
     row += p.rows;
   }
-  const auto append = [&](Context& c, int64_t index) {
-    const LatentPart& p = chunk.parts[static_cast<size_t>(index)];
-    AttentionSequence& s = sequences_[static_cast<size_t>(index)];
-    const float *k = s.q + n, *v = k + n;
-    if (p.kv) {
-      p.kv->append(c, layer, k, v, p.rows, p.first_position, stride);
-      s.heads = p.kv->views(layer);
-      return;
-    }
-    KvHeadView* views = views_.data() + (s.heads - views_.data());
-    for (int h = 0; h < heads_; ++h) views[h].length = 0;
-    kv_append(c, layout_, views, heads_, k, v, p.rows, p.first_position, stride);
-    for (int h = 0; h < heads_; ++h) views[h].length = p.rows;
-  };
-  if (chunk.parts.size() == 1)
-    append(ctx, 0);
-  else
-    lanes.pieces(ctx, static_cast<int64_t>(chunk.parts.size()), append);
   if (!mixed) return;
   AttentionShape shape;
   shape.query_heads = shape.kv_heads = heads_;

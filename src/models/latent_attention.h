@@ -59,12 +59,13 @@ class LatentAttention {
   // Angles and memory for a chunk's layers. `layout` is that of all caches; rows without one are held in it as well,
   // from layer to layer. Uses the activation slots kCos and kSin.
   void begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout);
-  // Turns k, and q where it is wanted, of `rows` rows of the chunk from `first` on; qkv [rows, 3 * H * d] is the
-  // first's.
-  void rotate(Context& ctx, int64_t first, int64_t rows, float* qkv, bool queries) const;
-  // One layer: appends k and v of qkv [rows, 3 * H * d], turned, to the parts' caches, and writes mixed [rows, H * d];
-  // null: nobody reads it. A lane appends a part.
-  void attend(Context& ctx, Lanes& lanes, int layer, const LatentChunk& chunk, const float* qkv, float* mixed);
+  // Says which layer's rows append() is called for from now on, until attend().
+  void enter(int layer, const LatentChunk& chunk);
+  // Turns k, and q where it is wanted, of `rows` rows of the chunk from `first` on, and puts k and v where the layer's
+  // keys and values go; qkv [rows, 3 * H * d] is the first's. Threads may share out the rows.
+  void append(Context& ctx, int64_t first, int64_t rows, float* qkv, bool queries) const;
+  // The layer, once all rows are appended: mixed [rows, H * d] of qkv; null: nobody reads it.
+  void attend(Context& ctx, const LatentChunk& chunk, const float* qkv, float* mixed);
 
   int64_t width() const { return int64_t{heads_} * head_dim_; }
 
@@ -79,6 +80,8 @@ class LatentAttention {
   std::vector<std::byte*> page_list_;
   std::vector<KvHeadView> views_;
   KvLayout layout_;
+  int layer_ = 0;
+  std::vector<KvRows> rows_;  // of the parts, in this layer
   std::vector<AttentionSequence> sequences_;
 };
 

@@ -75,7 +75,7 @@ void VaeStack::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& l
       layer_norm(c, b.q_norm, q, n, d, q, LinearMode::kStore, 1, 3 * d);
       layer_norm(c, b.k_norm, k, n, d, k, LinearMode::kStore, 1, 3 * d);
     }
-    attention_.rotate(c, first, n, q, !to_caches || layer + 1 < blocks);
+    attention_.append(c, first, n, q, !to_caches || layer + 1 < blocks);
   };
   const auto leave = [&](Context& c, int layer, int64_t first, int64_t n) {
     const Block& b = blocks_[static_cast<size_t>(layer)];
@@ -97,12 +97,14 @@ void VaeStack::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& l
     if (show) show(part_.c_str(), "hidden", layer, h, d, d);
   };
 
+  attention_.enter(0, chunk);
   rows([&](Context& c, int64_t first, int64_t n) { enter(c, 0, first, n); });
   for (int layer = 0; layer < blocks; ++layer) {
     const bool last = layer + 1 == blocks;
     ctx.layer = layer;
-    attention_.attend(ctx, lanes_, layer, chunk, qkv, to_caches && last ? nullptr : mixed);
+    attention_.attend(ctx, chunk, qkv, to_caches && last ? nullptr : mixed);
     if (to_caches && last) break;
+    if (!last) attention_.enter(layer + 1, chunk);
     rows([&](Context& c, int64_t first, int64_t n) {
       leave(c, layer, first, n);
       if (!last) enter(c, layer + 1, first, n);

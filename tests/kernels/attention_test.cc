@@ -565,6 +565,44 @@ TEST(KvAppend, WritesTheExactCodes) {
   }
 }
 
+// Rows of several sequences, in any pieces, are those that each would append.
+TEST(KvAppend, PiecesOfSeveralSequencesAreTheWhole) {
+  for (const DType dtype : kCacheTypes) {
+    const KvLayout layout{dtype, 64, 5};
+    constexpr int kHeads = 2;
+    const int64_t tokens[] = {7, 0, 16, 1}, old[] = {3, 0, 5, 0}, all = 24, stride = 2 * kHeads * 64 + 3;
+    const auto k = normals(static_cast<size_t>(all * stride), 1), v = normals(k.size(), 2);
+    for (const int64_t piece : {24, 8, 5, 1}) {
+      std::vector<Head> whole, parts;
+      for (int i = 0; i < 4; ++i)
+        for (int h = 0; h < kHeads; ++h)
+          for (auto* heads : {&whole, &parts}) {
+            Head head(layout, old[i] + tokens[i]);
+            const auto row = normals(64, 9);
+            for (int64_t t = 0; t < old[i]; ++t) head.push(row.data(), row.data(), static_cast<int32_t>(t));
+            heads->push_back(std::move(head));
+          }
+      std::vector<KvHeadView> views, of_parts;
+      for (const Head& h : whole) views.push_back(h.view());
+      for (const Head& h : parts) of_parts.push_back(h.view());
+      std::vector<KvRows> rows;
+      Engine e;
+      for (int64_t i = 0, at = 0; i < 4; at += tokens[i++]) {
+        kv_append(e.ctx, layout, &views[static_cast<size_t>(i * kHeads)], kHeads, &k[static_cast<size_t>(at * stride)],
+                  &v[static_cast<size_t>(at * stride)], tokens[i], 100 * i, stride);
+        rows.push_back({&of_parts[static_cast<size_t>(i * kHeads)], tokens[i], 100 * i});
+      }
+      for (int64_t at = 0; at < all; at += piece)
+        kv_append_rows(e.ctx, layout, rows, kHeads, at, std::min(piece, all - at), &k[static_cast<size_t>(at * stride)],
+                       &v[static_cast<size_t>(at * stride)], stride);
+      for (size_t i = 0; i < whole.size(); ++i)
+        for (int64_t s = 0; s < old[i / kHeads] + tokens[i / kHeads]; ++s)
+          ASSERT_EQ(parts[i].slot_bytes(s), whole[i].slot_bytes(s)) << piece << " head " << i << " slot " << s;
+      EXPECT_THROW(kv_append_rows(e.ctx, layout, rows, kHeads, 20, 5, k.data(), v.data(), stride), BadInput);
+    }
+  }
+}
+
 TEST(KvRead, GivesTheDecodedRows) {
   FOR_EACH_ISA(isa) {
     for (const DType dtype : kCacheTypes)

@@ -80,6 +80,55 @@ TEST(BlockAttention, MatchesDouble) {
   }
 }
 
+// A block's rows in lanes: whatever the pages, with scores that grow, so that the maximum is raised again and again, and
+// heads in halves; the bits of any number of threads and any company.
+TEST(BlockAttention, RowsInLanesWhateverThePagesAndTheScores) {
+  for (const int d : {32, 64, 128})
+    for (const int page_slots : {1, 5, 16, 32})
+      for (const int64_t block : {1, 16})
+        for (const auto& [tokens, old] : {std::pair<int64_t, int64_t>{16, 0}, {9, 30}, {16, 47}, {13, 250}, {33, 300}, {64, 5}}) {
+          const KvLayout layout{DType::kBF16, d, page_slots};
+          constexpr int kHeads = 3;
+          std::vector<Head> kv;
+          std::vector<KvHeadView> views;
+          const auto n = static_cast<size_t>(old + tokens), width = static_cast<size_t>(d);
+          for (int h = 0; h < kHeads; ++h) {
+            auto k = normals(n * width, 10 + static_cast<uint32_t>(h)), v = normals(n * width, 20);
+            kv.emplace_back(layout, old + tokens);
+            for (size_t s = 0; s < n; ++s) {
+              for (size_t c = 0; c < width; ++c) k[s * width + c] *= 0.2f + 0.04f * static_cast<float>(s);
+              kv.back().push(&k[s * width], &v[s * width], static_cast<int32_t>(s));
+            }
+          }
+          for (const Head& h : kv) views.push_back(h.view());
+          auto q = normals(static_cast<size_t>(tokens * kHeads * d), 7);
+          for (float& x : q) x = to_float(to_bf16(x));
+          std::vector<float> out(q.size()), again(q.size()), other(q.size());
+          AttentionShape shape;
+          shape.query_heads = shape.kv_heads = kHeads;
+          shape.scale = 1 / std::sqrt(static_cast<float>(d));
+          shape.block = block;
+          Engine one(1, ActivationType::kBF16), three(3, ActivationType::kBF16);
+          AttentionSequence s{q.data(), out.data(), tokens, old, views.data()};
+          attention(one.ctx, layout, shape, {&s, 1});
+          AttentionSequence both[] = {s, s};
+          both[0].out = other.data();
+          both[1].out = again.data();
+          attention(three.ctx, layout, shape, both);
+          ASSERT_EQ(out, again);
+          ASSERT_EQ(out, other);
+          for (int64_t t = 0; t < tokens; ++t) {
+            const int64_t end = std::min((old + t) / block * block + block, old + tokens);
+            for (int h = 0; h < kHeads; ++h) {
+              const auto at = static_cast<size_t>((t * kHeads + h) * d);
+              const auto expected = exact(kv[static_cast<size_t>(h)], &q[at], d, end, shape.scale);
+              for (size_t c = 0; c < expected.size(); ++c)
+                ASSERT_NEAR(out[at + c], expected[c], 1.2e-2) << d << " pages of " << page_slots << ", row " << t;
+            }
+          }
+        }
+}
+
 TEST(BlockAttention, RefusesWindowsAndEmptyBlocks) {
   KvLayout layout;
   layout.head_dim = 8;

@@ -12,6 +12,7 @@
 
 #include "base/error.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/elementwise.h"
 
 namespace lacuna {
 namespace {
@@ -266,6 +267,61 @@ TEST(Linear, PanelsChangeNoBits) {
   LinearWeight* const both[] = {&one, &other};
   EXPECT_FALSE(pack_panels(ctx, both, 16 * 16 * 2 * 2 - 1));  // too many bytes
   EXPECT_FALSE(one.panels);
+}
+
+// Two products with GELU between them: without panels the three ops' bits, with panels (whose GELU is less exact than
+// f32) within what bf16 rounds off, and a row's bits whatever the number of rows and threads.
+TEST(Linear, GeluBetweenTwoProducts) {
+  std::mt19937 random(12);
+  const int64_t k = 45, n = 23, most = 70;
+  for (const int64_t f : {224, 100})
+    for (DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
+      const Weight in(dtype, f, k, true, random), out(dtype, n, f, true, random);
+      std::vector<float> x = normal_floats(most * k, random);
+      for (float& value : x) value = to_float(to_bf16(value * 0.5f));
+      x[3] = 1e20f;  // far from where its cube fits
+      for (Isa isa : reachable_isas()) {
+        ScopedIsa scoped(isa);
+        MemoryAccount memory;
+        Context one(memory, 1), two(memory, 2);
+        LinearWeight first = in.view, second = out.view;
+        std::vector<float> wide(static_cast<size_t>(most * f)), hidden(wide.size()), y(static_cast<size_t>(most * n)), ops(y.size());
+        gelu_mlp(one, first, second, x.data(), most, wide.data(), y.data());
+        linear(one, first, x.data(), most, hidden.data());
+        gelu_tanh(one, hidden.data(), most * f);
+        linear(one, second, hidden.data(), most, ops.data());
+        ASSERT_EQ(y, ops);
+        LinearWeight* const list[] = {&first, &second};
+        const Buffer panels = pack_panels(one, list, size_t{1} << 20);
+        if (!panels) continue;
+        gelu_mlp(two, first, second, x.data(), most, wide.data(), y.data());
+        for (int64_t i = 1; i < most; ++i)
+          for (int64_t c = 0; c < n; ++c) {
+            double exact = out.view.bias[c], size = 0;
+            for (int64_t j = 0; j < f; ++j) {
+              double h = in.view.bias[j];
+              for (int64_t a = 0; a < k; ++a) h += x[static_cast<size_t>(i * k + a)] * in.exact[static_cast<size_t>(j * k + a)];
+              h /= 1 + std::exp(-2 * std::sqrt(2 / M_PI) * (h + 0.044715 * h * h * h));
+              const double term = h * out.exact[static_cast<size_t>(c * f + j)];
+              exact += term;
+              size += term * term;
+            }
+            // Each term is off by up to 2^-9 of itself, either way.
+            ASSERT_NEAR(y[static_cast<size_t>(i * n + c)], exact, 4 * std::sqrt(size) / 512 + 1e-5) << i << " " << c;
+          }
+        for (int64_t c = 0; c < n; ++c) ASSERT_TRUE(std::isfinite(y[static_cast<size_t>(c)]));
+        for (int64_t m : {1, 8, 16, 65}) {
+          std::vector<float> part(y.size());
+          gelu_mlp(one, first, second, x.data(), m, wide.data(), part.data());
+          ASSERT_TRUE(std::equal(part.begin(), part.begin() + m * n, y.begin())) << m;
+        }
+      }
+    }
+  MemoryAccount memory;
+  Context ctx(memory, 1);
+  const Weight w(DType::kBF16, 8, 4, false, random);
+  float x[4] = {}, y[8] = {}, wide[8] = {};
+  EXPECT_THROW(gelu_mlp(ctx, w.view, w.view, x, 1, wide, y), BadInput);
 }
 
 TEST(Linear, AccumulatesWithStridesAndAddsBiasOnce) {

@@ -416,12 +416,14 @@ TEST(Cola, AFailedCallAppendsNothing) {
   const std::vector<LatentRows> rows = {{&s, bs, bs}};
   const Floats before = e.velocity(x, t, {{&s, bs, 0}});
   // The second layer's page no longer fits.
+  const size_t held = s.dit.allocated_bytes();
   const size_t page = s.dit.layout(0).page_bytes();
   e.memory.set_limit(MemoryTag::kKv, e.memory.now(MemoryTag::kKv) + 3 * page);
   EXPECT_THROW(e.velocity(x, t, rows), OutOfMemory);
   e.memory.set_limit(MemoryTag::kKv, 0);
   EXPECT_EQ(s.history, 32);
   for (int layer = 0; layer < c.spec.layers; ++layer) EXPECT_EQ(s.dit.length(layer, 0), 32);
+  EXPECT_EQ(s.dit.allocated_bytes(), held);
   EXPECT_EQ(e.velocity(x, t, {{&s, bs, 0}}), before);
   x[5] = NAN;
   EXPECT_THROW(e.velocity(x, t, rows), BadInput);

@@ -28,6 +28,12 @@ constexpr int64_t kFetchAhead = 12 * 1024;
 // bounds the partial results.
 constexpr int64_t kChunkSlots = 1024, kChunkBytes = 256 * 1024;
 constexpr int64_t kMaxChunks = 32;
+// Query rows that lanes take, and rows of a sequence that are cut into items of them: more are worth packing keys for.
+constexpr int64_t kLeastLaneRows = 9, kLaneRows = 16, kMostLaneRows = 64;
+// Slots from the one in use to the one that is asked for.
+constexpr int64_t kLanesAhead = 32;
+// Slots of such an item that are worth two, so that an odd number of heads divides among two threads.
+constexpr int64_t kLeastHalves = 64;
 // Elements of a piece of merge_attention: a few microseconds.
 constexpr int64_t kMergeElements = 16384;
 constexpr float kLn2 = 0.693147180559945309f;
@@ -38,11 +44,14 @@ struct Item {
   int64_t token_begin, token_end;
   int64_t slot_begin, slot_end;
   int64_t partial;  // where its unfinished result goes, in floats; -1: it is the only chunk
+  int64_t merge;    // which puts it together with the others
+  int64_t pairs;    // query rows x visible slots, once it is done
 };
 
 // Chunks of one head to be put together: items [first, first + chunks).
 struct Merge {
   int64_t first, chunks;
+  int64_t left;  // items that are not done
 };
 
 struct Job {
@@ -53,9 +62,9 @@ struct Job {
   const AttentionOps& ops;
   const TileOps& tile;
   const NarrowOps* narrow_ops;  // null: operands stay f32
-  AttentionCounts& counts;
-  int64_t group;  // query heads to a KV head
-  int64_t ld;     // stride of rows of d elements
+  const LaneOps* lane_ops;      // null: likewise, or caches that they do not take
+  int64_t group;    // query heads to a KV head
+  int64_t ld;       // stride of rows of d elements
   int64_t q_stride, out_stride;
   float scale;  // log2(e) included
   Item* items = nullptr;
@@ -81,7 +90,8 @@ struct Job {
     return h.length - s.tokens + std::min(s.tokens, token - in_block + shape.block);
   }
   int64_t rows(const Item& item) const { return (item.token_end - item.token_begin) * group; }
-  bool streams(const Item& item) const { return rows(item) <= kStreamRows; }
+  bool lanes(const Item& item) const { return lane_ops && rows(item) >= kLeastLaneRows && rows(item) <= kLaneRows; }
+  bool streams(const Item& item) const { return rows(item) <= kStreamRows && !lanes(item); }
   bool narrow(const Item& item) const {
     return narrow_ops && narrow_ops->takes(layout.dtype, static_cast<int>(rows(item)), d());
   }
@@ -105,19 +115,24 @@ class Carver {
 };
 
 // The slots each token of an item sees, clipped to the item's: [begin, end), both ascending.
-void visible_slots(const Job& job, const Item& item, int64_t* begin, int64_t* end) {
+void visible_slots(const Job& job, Item& item, int64_t* begin, int64_t* end) {
   const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
   const KvHeadView& head = s.heads[item.head];
-  int64_t lo = item.slot_begin, pairs = 0;
+  int64_t lo = item.slot_begin;
+  item.pairs = 0;
+  int64_t see = 0, same = item.token_begin;  // the end of tokens before `same`
   for (int64_t t = item.token_begin; t < item.token_end; ++t) {
-    lo = first_visible(job.layout, head, lo, s.first_position + t, job.shape.window);
+    if (job.shape.window > 0) lo = first_visible(job.layout, head, lo, s.first_position + t, job.shape.window);
     const int64_t b = std::min(lo, item.slot_end);
-    const int64_t e = std::max(b, std::min(item.slot_end, job.end(s, head, t)));
+    if (t == same) {
+      see = job.end(s, head, t);
+      same = job.shape.block > 1 && job.shape.causal ? see - (head.length - s.tokens) : t + 1;
+    }
+    const int64_t e = std::max(b, std::min(item.slot_end, see));
     *begin++ = b;
     *end++ = e;
-    pairs += e - b;
+    item.pairs += (e - b) * job.group;
   }
-  job.counts.pairs.fetch_add(pairs * job.group, std::memory_order_relaxed);
 }
 
 // The columns of a tile at `slot` that rows [row, row + n) see; rows are tokens x group.
@@ -137,6 +152,8 @@ void row_ranges(const int64_t* begin, const int64_t* end, int64_t row, int64_t n
 // What an item takes from its thread's workspace; 64 bytes for each part cover the alignment.
 int64_t workspace_bytes(const Job& job, const Item& item) {
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), element = job.tile.element;
+  if (job.lanes(item))
+    return 12 * 64 + kLaneRows * (job.d() * 2 + job.ld * 4 + 16) + kLanePairs * (kLaneRows + job.d()) * 4 + tokens * 16;
   if (job.streams(item)) {
     const auto m = static_cast<int>(rows);
     const int64_t query = job.narrow(item) ? job.narrow_ops->query_bytes(job.layout.dtype, m, job.d()) : 0;
@@ -164,7 +181,7 @@ void finish(const Job& job, const Item& item, const float* sums, const float* ma
   }
 }
 
-void blocked_item(Context& ctx, const Job& job, const Item& item, int thread) {
+void blocked_item(Context& ctx, const Job& job, Item& item, int thread) {
   const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
   const KvHeadView& head = s.heads[item.head];
   const TileOps& tile = job.tile;
@@ -300,7 +317,7 @@ class Ahead {
   uint32_t page_, part_;
 };
 
-void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) {
+void streaming_item(Context& ctx, const Job& job, Item& item, int thread) {
   const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
   const KvHeadView& head = s.heads[item.head];
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), ld = job.ld;
@@ -397,6 +414,74 @@ void streaming_item(Context& ctx, const Job& job, const Item& item, int thread) 
   finish(job, item, sums, max, total);
 }
 
+void lane_item(Context& ctx, const Job& job, Item& item, int thread) {
+  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+  const KvHeadView& head = s.heads[item.head];
+  const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), d = job.d();
+  Carver carve(ctx.workspace<std::byte>(thread, static_cast<size_t>(workspace_bytes(job, item))));
+  auto* begin = carve.take<int64_t>(tokens);
+  auto* end = carve.take<int64_t>(tokens);
+  auto* row_begin = carve.take<int32_t>(kLaneRows);
+  auto* row_end = carve.take<int32_t>(kLaneRows);
+  LaneItem lanes{};
+  lanes.rows = static_cast<int>(rows);
+  lanes.scale = job.scale;
+  lanes.begin = row_begin;
+  lanes.end = row_end;
+  lanes.q = carve.take<int32_t>(d / 2 * kLaneRows);
+  lanes.p = carve.take<int32_t>(kLanePairs * kLaneRows);
+  lanes.values = carve.take<int32_t>(kLanePairs * d);
+  lanes.max = carve.take<float>(kLaneRows);
+  lanes.total = carve.take<float>(kLaneRows);
+  auto* sums = carve.take<float>(rows * job.ld);
+  lanes.sums = item.partial >= 0 ? job.partials + item.partial : sums;
+  lanes.ld = job.ld;
+
+  visible_slots(job, item, begin, end);
+  const float* q[kLaneRows];
+  float* out[kLaneRows];
+  int64_t row = 0;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t j = 0; j < job.group; ++j, ++row) {
+      row_begin[row] = static_cast<int32_t>(begin[t]);
+      row_end[row] = static_cast<int32_t>(end[t]);
+      q[row] = job.query(s, item.head, item.token_begin + t) + j * d;
+      out[row] = job.output(s, item.head, item.token_begin + t) + j * d;
+    }
+  for (; row < kLaneRows; ++row) row_begin[row] = row_end[row] = 0;
+  lanes.all_begin = static_cast<int32_t>(begin[tokens - 1]);
+  lanes.all_end = static_cast<int32_t>(end[0]);
+  job.lane_ops->begin(lanes, q, job.d());
+  const int64_t last = end[tokens - 1];
+  const auto part_of = [&](const KvHeadView& h, KvPart part, int64_t at) { return stretch(job.pages, h, part, at, h.length); };
+  for (int64_t slot = begin[0]; slot < last;) {
+    const KvStretch k = part_of(head, KvPart::kKeys, slot), v = part_of(head, KvPart::kValues, slot);
+    const int64_t count = std::min(k.count, last - slot), after = slot + count;
+    // Most often this thread's next item begins where this one ends, or with the next head.
+    const Item* next = &item + 1;
+    const KvHeadView* other = &head;
+    int64_t at = slot + kLanesAhead;
+    if (at >= head.length && next < job.items_end) {
+      other = &job.sequences[static_cast<size_t>(next->sequence)].heads[next->head];
+      at += next->slot_begin - head.length;
+    }
+    LaneAhead ahead{};
+    if (at < other->length) ahead = {part_of(*other, KvPart::kKeys, at).codes, part_of(*other, KvPart::kValues, at).codes};
+    job.lane_ops->add(lanes, k.codes, v.codes, ahead, static_cast<int>(count), job.d(), static_cast<int>(slot));
+    slot = after;
+  }
+  job.lane_ops->end(lanes, job.d());
+  if (item.partial >= 0) {
+    std::copy_n(lanes.max, rows, lanes.sums + rows * job.ld);
+    std::copy_n(lanes.total, rows, lanes.sums + rows * (job.ld + 1));
+    return;
+  }
+  job.lane_ops->divide(lanes, out, job.d());
+  for (int64_t i = 0; s.lse && i < rows; ++i)
+    job.lse(s, item.head, item.token_begin + i / job.group)[i % job.group] =
+        (lanes.max[i] + std::log2(lanes.total[i])) * kLn2;
+}
+
 // Puts the chunks of one head together by their log-sum-exp, in the order of their slots.
 void merge_chunks(const Job& job, const Merge& merge) {
   const Item& item = job.items[merge.first];
@@ -404,20 +489,32 @@ void merge_chunks(const Job& job, const Merge& merge) {
   const int64_t rows = job.rows(item), ld = job.ld, d = job.d();
   const float* base = job.partials + item.partial;
   const int64_t step = job.partial_size(rows);
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* max = base + rows * ld + i;
+  // Weights of rows by chunks, then one over their sum; groups of rows, as a call has no workspace for all.
+  constexpr int64_t kRows = 16;
+  float weight[kMaxChunks * kRows], top[kRows], all[kRows];
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t n = std::min(kRows, rows - first);
+    const float* max = base + rows * ld + first;
     const float* total = max + rows;
-    float top = max[0];
-    for (int64_t c = 1; c < merge.chunks; ++c) top = std::max(top, max[c * step]);
-    // A chunk that this row sees nothing of has maximum -inf, no sum and no weight.
-    const auto weight = [&](int64_t c) { return total[c * step] > 0 ? std::exp2(max[c * step] - top) : 0.0f; };
-    float all = 0;
-    for (int64_t c = 0; c < merge.chunks; ++c) all += total[c * step] * weight(c);
-    const int64_t token = item.token_begin + i / job.group, j = i % job.group;
-    float* out = job.output(s, item.head, token) + j * d;
-    if (float* lse = job.lse(s, item.head, token)) lse[j] = (top + std::log2(all)) * kLn2;
-    job.ops.scale_row(base + i * ld, weight(0) / all, d, out);
-    for (int64_t c = 1; c < merge.chunks; ++c) job.ops.add_row(base + c * step + i * ld, weight(c) / all, d, out);
+    for (int64_t i = 0; i < n; ++i) {
+      top[i] = max[i];
+      all[i] = 0;
+      for (int64_t c = 1; c < merge.chunks; ++c) top[i] = std::max(top[i], max[c * step + i]);
+      // A chunk that this row sees nothing of has maximum -inf and no sum.
+      for (int64_t c = 0; c < merge.chunks; ++c)
+        weight[c * n + i] = total[c * step + i] > 0 ? max[c * step + i] - top[i] : -std::numeric_limits<float>::infinity();
+    }
+    job.ops.exponentials(weight, merge.chunks * n, 1.0f, 0.0f, weight);
+    for (int64_t c = 0; c < merge.chunks; ++c)
+      for (int64_t i = 0; i < n; ++i) all[i] += total[c * step + i] * weight[c * n + i];
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t token = item.token_begin + (first + i) / job.group, j = (first + i) % job.group;
+      float* out = job.output(s, item.head, token) + j * d;
+      if (float* lse = job.lse(s, item.head, token)) lse[j] = (top[i] + std::log2(all[i])) * kLn2;
+      const float* sums = base + (first + i) * ld;
+      job.ops.scale_row(sums, weight[i] / all[i], d, out);
+      for (int64_t c = 1; c < merge.chunks; ++c) job.ops.add_row(sums + c * step, weight[c * n + i] / all[i], d, out);
+    }
   }
 }
 
@@ -437,7 +534,9 @@ Plan plan(const Job& job, Item* items, Merge* merges) {
   for (size_t q = 0; q < job.sequences.size(); ++q) {
     const AttentionSequence& s = job.sequences[q];
     if (s.tokens == 0) continue;
-    const int64_t block = std::max<int64_t>(1, kBlockRows / job.group), blocks = (s.tokens + block - 1) / block;
+    const bool lanes = job.lane_ops && job.group <= kLaneRows && s.tokens * job.group <= kMostLaneRows;
+    const int64_t block = std::max<int64_t>(1, (lanes ? kLaneRows : kBlockRows) / job.group),
+                  blocks = (s.tokens + block - 1) / block;
     // Late blocks see most keys; they go first so that the threads end together.
     for (int64_t b = blocks - 1; b >= 0; --b)
       for (int64_t g = 0; g < job.shape.kv_heads; ++g) {
@@ -446,15 +545,18 @@ Plan plan(const Job& job, Item* items, Merge* merges) {
         const int64_t end = job.end(s, head, t1 - 1);
         const int64_t begin =
             first_visible(job.layout, head, 0, s.first_position + t0, job.shape.window) / kKeyTile * kKeyTile;
-        Item item{static_cast<int64_t>(q), g, t0, t1, begin, end, -1};
+        Item item{static_cast<int64_t>(q), g, t0, t1, begin, end, -1, -1, 0};
         const int64_t least = std::max(kChunkSlots, kChunkBytes / static_cast<int64_t>(job.pages.row_bytes));
-        const int64_t chunk = round_up(std::max(least, (end - begin) / kMaxChunks), kChunkSlots);
-        if (blocks > 1 || end - begin <= chunk) {
+        int64_t chunk = round_up(std::max(least, (end - begin) / kMaxChunks), kChunkSlots);
+        if (job.lanes(item) && end - begin >= kLeastHalves)
+          chunk = std::min(chunk, round_up((end - begin + 1) / 2, kLaneRows));
+        if ((blocks > 1 && !job.lanes(item)) || end - begin <= chunk) {
           add(item);
           continue;
         }
-        if (merges) merges[n.merges] = {n.items, (end - begin + chunk - 1) / chunk};
-        ++n.merges;
+        const int64_t chunks = (end - begin + chunk - 1) / chunk;
+        if (merges) merges[n.merges] = {n.items, chunks, chunks};
+        item.merge = n.merges++;
         for (int64_t c = begin; c < end; c += chunk) {
           item.slot_begin = c;
           item.slot_end = std::min(end, c + chunk);
@@ -504,6 +606,8 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
   const AttentionOps& ops = attention_ops(cpu_isa());
   const TileOps& tile = ctx.activations == ActivationType::kBF16 && ops.bf16 ? *ops.bf16 : ops.f32;
   const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
+  const bool lanes = ctx.activations == ActivationType::kBF16 && layout.dtype == DType::kBF16 &&
+                     (layout.head_dim == 32 || layout.head_dim == 64 || layout.head_dim == 128);
   Job job{layout,
           PageMap(layout),
           shape,
@@ -511,7 +615,7 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
           ops,
           tile,
           ctx.activations == ActivationType::kBF16 ? ops.narrow : nullptr,
-          counts,
+          lanes ? ops.lanes : nullptr,
           shape.query_heads / shape.kv_heads,
           round_up(layout.head_dim, kPad),
           shape.q_stride ? shape.q_stride : row,
@@ -533,15 +637,21 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
   for (int t = 0; t < ctx.pool.size(); ++t) ctx.workspace<std::byte>(t, static_cast<size_t>(size.workspace));
 
   const auto run = [&](int64_t index, int thread) {
-    const Item& item = job.items[index];
-    if (job.streams(item))
+    Item& item = job.items[index];
+    if (job.lanes(item))
+      lane_item(ctx, job, item, thread);
+    else if (job.streams(item))
       streaming_item(ctx, job, item, thread);
     else
       blocked_item(ctx, job, item, thread);
+    // Who is done last puts the chunks together.
+    if (item.merge >= 0 && std::atomic_ref(merges[item.merge].left).fetch_sub(1, std::memory_order_acq_rel) == 1)
+      merge_chunks(job, merges[item.merge]);
   };
   ctx.pool.parallel_runs(size.items, std::ref(run));
-  const auto merge = [&](int64_t index, int) { merge_chunks(job, merges[index]); };
-  ctx.pool.parallel_for(size.merges, std::ref(merge));
+  int64_t pairs = 0;
+  for (int64_t i = 0; i < size.items; ++i) pairs += job.items[i].pairs;
+  counts.pairs += pairs;
 }
 
 void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,

@@ -97,10 +97,44 @@ struct NarrowOps {
   void (*restore)(DType dtype, float* out, int64_t ld_out, int rows, int d);
 };
 
+// Pairs of slots whose probabilities and values are alive at a time: 4 + 16 KB of the L1 at d = 64.
+inline constexpr int kLanePairs = 64;
+
+// Up to sixteen query rows over slots of a bf16 cache, d = 32, 64 or 128, a row in each lane
+// (attention_lanes_avx512.cc). All memory is 64-byte aligned.
+struct LaneItem {
+  int rows;
+  float scale;           // of the scores, times log2(e)
+  const int32_t* begin;  // [16] a row sees slots [begin, end); nothing beyond `rows`
+  const int32_t* end;
+  int32_t all_begin, all_end;  // slots that all rows see
+  int32_t* q;            // [d / 2][16] words of the queries
+  int32_t* p;            // [kLanePairs][16] probabilities of an even slot and the odd one after it
+  int32_t* values;       // [kLanePairs][d] their values, likewise
+  float *max, *total;    // [16] maximum of scale * score, which may be exceeded by 8, and sum of p
+  float* sums;           // [rows] of stride ld; nothing until `begun`
+  int64_t ld;
+  int pairs = 0;
+  bool begun = false;
+};
+// Where keys and values lie that come next; null: nowhere.
+struct LaneAhead {
+  const void *keys, *values;
+};
+struct LaneOps {
+  void (*begin)(LaneItem& item, const float* const* rows, int d);
+  // `count` slots from `slot` on, as they lie in a page.
+  void (*add)(LaneItem& item, const void* keys, const void* values, LaneAhead ahead, int count, int d, int slot);
+  void (*end)(LaneItem& item, int d);
+  // Rows of the result: sums by total.
+  void (*divide)(const LaneItem& item, float* const* out, int d);
+};
+
 struct AttentionOps {
   TileOps f32;
   const TileOps* bf16;      // null where the ISA has no bf16 dot product
   const NarrowOps* narrow;  // likewise
+  const LaneOps* lanes;     // likewise
 
   // The streaming path (decode): scores[row, i] = q[row] . key[i], for `count` keys as they lie in a
   // page. `next` is where the next part to be read starts (null: nowhere), for prefetching.
@@ -131,6 +165,7 @@ const AttentionOps& attention_ops_avx2();
 const AttentionOps& attention_ops_avx512();
 const AttentionOps& attention_ops_avx512_bf16();
 const NarrowOps& attention_narrow_avx512();
+const LaneOps& attention_lanes_avx512();
 #endif
 const AttentionOps& attention_ops(Isa isa);
 

@@ -92,6 +92,16 @@ void rope(float* x, int64_t half, const float* cosine, const float* sine) {
   }
 }
 
+// A whole vector where n is known to be kLanes: loads and stores through a mask cost more, and a load cannot take over
+// from a store through one.
+inline Vec load_some(const float* p, int n) { return n == kLanes ? load(p) : load_part(p, n); }
+inline void store_some(float* p, Vec x, int n) {
+  if (n == kLanes)
+    store(p, x);
+  else
+    store_part(p, x, n);
+}
+
 // Calls each(at, count) for vectors of kLanes values, the last of which may be shorter.
 template <class Each>
 inline void each_vector(int64_t n, const Each& each) {
@@ -101,7 +111,7 @@ inline void each_vector(int64_t n, const Each& each) {
 }
 
 void silu_in_place(float* x, int64_t n) {
-  each_vector(n, [x](int64_t i, int count) { store_part(x + i, silu(load_part(x + i, count)), count); });
+  each_vector(n, [x](int64_t i, int count) { store_some(x + i, silu(load_some(x + i, count)), count); });
 }
 
 // x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), is the tanh form. Below -20 it is 0 to f32, and x is held there so
@@ -109,59 +119,118 @@ void silu_in_place(float* x, int64_t n) {
 void gelu_tanh(float* x, int64_t n) {
   const Vec cubic = set1(-2.30220819813f * 0.044715f), linear = set1(-2.30220819813f);  // -2 sqrt(2/pi) log2(e)
   each_vector(n, [=](int64_t i, int count) {
-    const Vec a = vmax(set1(-20.0f), load_part(x + i, count));
+    const Vec a = vmax(set1(-20.0f), load_some(x + i, count));
     const Vec e = exp2<5>(vmin(set1(126.0f), a * fma(a * a, cubic, linear)));
-    store_part(x + i, a / (set1(1.0f) + e), count);
+    store_some(x + i, a / (set1(1.0f) + e), count);
   });
 }
 
 void rope_pairs(float* x, int64_t half, const float* cosine, const float* sine) {
-  for (int64_t i = 0; i < half; ++i) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  // A vector of eight pairs: x cos + (neighbour) (-sin, sin).
+  const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  const __m512i even = _mm512_set1_epi64(0x80000000);  // signs of even elements
+  for (; i + 8 <= half; i += 8) {
+    const __m512 a = _mm512_loadu_ps(x + 2 * i);
+    const __m512 c = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(cosine + i)));
+    const __m512 s = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(sine + i)));
+    const __m512 signed_s = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(s), even));
+    _mm512_storeu_ps(x + 2 * i, _mm512_fmadd_ps(a, c, _mm512_mul_ps(_mm512_permute_ps(a, 0xb1), signed_s)));
+  }
+#endif
+  for (; i < half; ++i) {
     const float a = x[2 * i], b = x[2 * i + 1], c = cosine[i], s = sine[i];
     x[2 * i] = a * c - b * s;
     x[2 * i + 1] = b * c + a * s;
   }
 }
 
-// Sum over a row of term(at, count), four sums at a time to hide the latency of the additions.
+// Sum over a row of term(at, count), lanes apart; four sums at a time to hide the latency of the additions.
 template <class Term>
-inline float row_sum(int64_t d, const Term& term) {
+inline Vec row_sum(int64_t d, const Term& term) {
   Vec s[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
   for (; i + 4 * kLanes <= d; i += 4 * kLanes)
     for (int u = 0; u < 4; ++u) s[u] = s[u] + term(i + u * kLanes, kLanes);
   for (; i < d; i += kLanes) s[0] = s[0] + term(i, d - i < kLanes ? static_cast<int>(d - i) : kLanes);
-  return sum((s[0] + s[1]) + (s[2] + s[3]));
+  return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-void layer_norm(const float* x, int64_t d, const float* weight, const float* bias, float eps, const float* shift,
-                const float* scale, bool add, float* y) {
-  const float mean = row_sum(d, [x](int64_t i, int n) { return load_part(x + i, n); }) / static_cast<float>(d);
-  const Vec m = set1(mean);
-  // Unused lanes of the last vector hold 0, which is not the mean: they must not count.
-  const float variance = row_sum(d, [x, m](int64_t i, int n) {
-    Vec a = load_part(x + i, n) - m;
-    if (n < kLanes) {
-      float part[kLanes] = {};
-      store_part(part, a, n);
-      a = load(part);
-    }
-    return a * a;
-  }) / static_cast<float>(d);
-  const Vec f = set1(1.0f / square_root(variance + eps));
-  each_vector(d, [=](int64_t i, int n) {
-    Vec a = (load_part(x + i, n) - m) * f;
-    if (weight) a = a * load_part(weight + i, n);
-    if (bias) a = a + load_part(bias + i, n);
-    if (scale) a = fma(a, set1(1.0f) + load_part(scale + i, n), load_part(shift + i, n));
-    if (add) a = load_part(y + i, n) + a;
-    store_part(y + i, a, n);
-  });
+// out[i] = the mean of row i's d values from its sums in lanes; 1 / sqrt(mean + eps).
+inline void means_of(const Vec* rows, int count, int64_t d, float* out) {
+#if defined(__AVX512F__)
+  const Vec sums = count <= 4 ? sums_of<1>(rows) : count <= 8 ? sums_of<2>(rows) : sums_of<4>(rows);
+  store(out, sums / set1(static_cast<float>(d)));
+#else
+  for (int i = 0; i < count; ++i) out[i] = sum(rows[i]) / static_cast<float>(d);
+#endif
+}
+inline void factors_of(const Vec* rows, int count, int64_t d, float eps, float* out) {
+  means_of(rows, count, d, out);
+#if defined(__AVX512F__)
+  store(out, set1(1.0f) / Vec{_mm512_sqrt_ps((load(out) + set1(eps)).v)});
+#else
+  for (int i = 0; i < count; ++i) out[i] = 1.0f / square_root(out[i] + eps);
+#endif
+}
+
+void layer_norm(const NormRows& rows) {
+  const int64_t d = rows.d;
+  const float *weight = rows.weight, *bias = rows.bias;
+  Vec part[kNormRows];
+  for (Vec& p : part) p = zero();
+  float mean[kNormRows], factor[kNormRows];
+  for (int r = 0; r < rows.count; ++r) {
+    const float* x = rows.x[r];
+    part[r] = row_sum(d, [x](int64_t i, int n) __attribute__((always_inline)) { return load_some(x + i, n); });
+  }
+  means_of(part, rows.count, d, mean);
+  for (int r = 0; r < rows.count; ++r) {
+    const float* x = rows.x[r];
+    const Vec m = set1(mean[r]);
+    // Unused lanes of the last vector hold 0, which is not the mean: they must not count.
+    part[r] = row_sum(d, [x, m](int64_t i, int n) __attribute__((always_inline)) {
+      Vec a = load_some(x + i, n) - m;
+      if (n < kLanes) {
+        float some[kLanes] = {};
+        store_part(some, a, n);
+        a = load(some);
+      }
+      return a * a;
+    });
+  }
+  factors_of(part, rows.count, d, rows.eps, factor);
+  for (int r = 0; r < rows.count; ++r) {
+    const float *x = rows.x[r], *shift = rows.shift[r], *scale = shift ? shift + d : nullptr;
+    float* y = rows.y[r];
+    const Vec m = set1(mean[r]), f = set1(factor[r]);
+    // Two cases in loops of their own, a branch for each vector in the rest.
+    if (shift && !weight && !bias && !rows.add)
+      each_vector(d, [=](int64_t i, int n) __attribute__((always_inline)) {
+        const Vec a = (load_some(x + i, n) - m) * f;
+        store_some(y + i, fma(a, set1(1.0f) + load_some(scale + i, n), load_some(shift + i, n)), n);
+      });
+    else if (!shift && weight && bias && !rows.add)
+      each_vector(d, [=](int64_t i, int n) __attribute__((always_inline)) {
+        const Vec a = (load_some(x + i, n) - m) * f;
+        store_some(y + i, a * load_some(weight + i, n) + load_some(bias + i, n), n);
+      });
+    else
+      each_vector(d, [&](int64_t i, int n) __attribute__((always_inline)) {
+        Vec a = (load_some(x + i, n) - m) * f;
+        if (weight) a = a * load_some(weight + i, n);
+        if (bias) a = a + load_some(bias + i, n);
+        if (shift) a = fma(a, set1(1.0f) + load_some(scale + i, n), load_some(shift + i, n));
+        if (rows.add) a = load_some(y + i, n) + a;
+        store_some(y + i, a, n);
+      });
+  }
 }
 
 void add_product(const float* a, const float* b, int64_t n, float* y) {
   each_vector(n, [=](int64_t i, int count) {
-    store_part(y + i, fma(load_part(a + i, count), load_part(b + i, count), load_part(y + i, count)), count);
+    store_some(y + i, fma(load_some(a + i, count), load_some(b + i, count), load_some(y + i, count)), count);
   });
 }
 

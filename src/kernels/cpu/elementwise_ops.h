@@ -7,6 +7,21 @@
 
 namespace lacuna::cpu {
 
+// Layer norms of up to sixteen rows, whose sums are folded together: one after the other they would wait for each fold.
+// n = (x - mean) / sqrt(variance + eps) * weight + bias (each null: 1, 0); y = n, or n * (1 + scale) + shift where
+// shift is not null: d values of each row, scale behind it; added to y if `add`. May be in place.
+inline constexpr int kNormRows = 16;
+struct NormRows {
+  int count = 0;
+  int64_t d = 0;
+  const float *weight = nullptr, *bias = nullptr;
+  float eps = 0;
+  bool add = false;
+  const float* x[kNormRows];
+  const float* shift[kNormRows];
+  float* y[kNormRows];
+};
+
 struct ElementwiseOps {
   // y = x * rsqrt(mean(x^2) + eps) * weight; may be in place.
   void (*rms_norm)(const float* x, int64_t d, const float* weight, float eps, float* y);
@@ -22,10 +37,7 @@ struct ElementwiseOps {
   void (*gelu_tanh)(float* x, int64_t n);
   // Rotates the pairs (2i, 2i + 1) of one head.
   void (*rope_pairs)(float* x, int64_t half, const float* cosine, const float* sine);
-  // n = (x - mean) / sqrt(variance + eps) * weight + bias (each null: 1, 0); y = n, or n * (1 + scale) + shift unless
-  // both are null; added to y if `add`. May be in place.
-  void (*layer_norm)(const float* x, int64_t d, const float* weight, const float* bias, float eps, const float* shift,
-                     const float* scale, bool add, float* y);
+  void (*layer_norm)(const NormRows& rows);
   // y += a * b.
   void (*add_product)(const float* a, const float* b, int64_t n, float* y);
 };

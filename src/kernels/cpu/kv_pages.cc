@@ -19,7 +19,7 @@ std::byte* at(int page_slots, const KvHeadView& head, int64_t slot, size_t part,
 }  // namespace
 
 void kv_append(Context& ctx, const KvLayout& layout, const KvHeadView* heads, int kv_heads, const float* k,
-               const float* v, int64_t tokens, int64_t first_position, int64_t stride) {
+               const float* v, int64_t skip, int64_t tokens, int64_t first_position, int64_t stride) {
   const AttentionOps& ops = attention_ops(cpu_isa());
   const int d = layout.head_dim, slots = layout.page_slots;
   const PageMap pages(layout);
@@ -28,15 +28,22 @@ void kv_append(Context& ctx, const KvLayout& layout, const KvHeadView* heads, in
   const auto body = [&](int64_t index, int) {
     const int64_t g = index % kv_heads, t0 = index / kv_heads * kSlotBlock, t1 = std::min(tokens, t0 + kSlotBlock);
     const KvHeadView& head = heads[g];
+    // Dividing for each slot would take as long as writing it.
+    const int64_t first = head.length + skip + t0;
+    int64_t page = first / slots, at = first % slots;
     for (int64_t t = t0; t < t1; ++t) {
-      const int64_t slot = head.length + t;
-      for (const int part : {0, 1}) {
+      std::byte* base = head.pages[page];
+      for (const size_t part : {0, 1}) {
         const float* row = (part == 0 ? k : v) + t * stride + g * d;
-        const float scale = ops.encode_row(row, d, layout.dtype, at(slots, head, slot, pages.codes[part], pages.row_bytes));
-        if (pages.scaled) std::memcpy(at(slots, head, slot, pages.scales[part], 4), &scale, 4);
+        const float scale =
+            ops.encode_row(row, d, layout.dtype, base + pages.codes[part] + static_cast<size_t>(at) * pages.row_bytes);
+        if (pages.scaled) std::memcpy(base + pages.scales[part] + at * 4, &scale, 4);
       }
-      const auto position = static_cast<int32_t>(first_position + t);
-      std::memcpy(at(slots, head, slot, position_offset, 4), &position, 4);
+      const auto position = static_cast<int32_t>(first_position + skip + t);
+      std::memcpy(base + position_offset + at * 4, &position, 4);
+      if (++at < slots) continue;
+      at = 0;
+      ++page;
     }
   };
   ctx.pool.parallel_for(blocks * kv_heads, std::ref(body));

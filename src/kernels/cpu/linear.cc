@@ -67,27 +67,49 @@ void linear_small(Context& ctx, const LinearBodies& b, Operand operand, const Li
   });
 }
 
-// With the weights' panels. A row's words are where the small-M bodies want them.
-void linear_panels(Context& ctx, const LinearBodies& b, const LinearWeight& w, const float* x, int64_t m, float* y,
-                   LinearMode mode, int64_t x_stride, int64_t y_stride) {
-  const PanelBodies& panels = b.panels();
-  const int64_t n = w.out(), k = w.in(), k_words = words(Operand::kBf16Pair, k), x_words = b.small_words(k_words);
-  float* packed = ctx.workspace<float>(ctx.shared_slot(), static_cast<size_t>(m * x_words));
+// Words of a row of k values for products with panels: where the small-M bodies want them.
+int64_t panel_words(const LinearBodies& b, int64_t k) { return b.small_words(words(Operand::kBf16Pair, k)); }
+
+void pack_for_panels(Context& ctx, const LinearBodies& b, const float* x, int64_t m, int64_t k, int64_t x_stride,
+                     float* packed) {
+  const int64_t x_words = panel_words(b, k);
   const auto pack = [&](int64_t index, int) {
     for (int64_t i = index * kPanelRows; i < std::min(m, (index + 1) * kPanelRows); ++i)
       b.pack_small(Operand::kBf16Pair, x + i * x_stride, k, packed + i * x_words);
   };
+  ctx.pool.parallel_for(ceil_div(m, kPanelRows), std::ref(pack));
+}
+
+// y of packed x, or, if gelu is not null, GELU of it packed there.
+void panel_products(Context& ctx, const LinearBodies& b, const LinearWeight& w, const float* packed, int64_t m, float* y,
+                    LinearMode mode, int64_t y_stride, float* gelu = nullptr) {
+  const PanelBodies& panels = b.panels();
+  const int64_t n = w.out(), k_words = words(Operand::kBf16Pair, w.in()), x_words = panel_words(b, w.in());
   const int64_t row_pieces = ceil_div(m, kPanelRows), column_pieces = ceil_div(n, kPanelColumns);
-  ctx.pool.parallel_for(row_pieces, std::ref(pack));
-  const auto product = [&](int64_t index, int) {
+  if (gelu)
+    for (int t = 0; t < ctx.pool.size(); ++t) ctx.workspace<float>(t, kPanelRows * kPanelColumns);
+  const auto product = [&](int64_t index, int thread) {
     const int64_t row = index / column_pieces * kPanelRows, first = index % column_pieces * kPanelColumns;
     LinearPiece p = piece(w, Operand::kBf16Pair, row, std::min(kPanelRows, m - row), first,
                           std::min(kPanelColumns, n - first), y, y_stride, mode);
     p.weight = static_cast<const float*>(w.panels) + first * k_words;
     p.x = packed + row * x_words;
+    if (gelu) {
+      p.y = ctx.workspace<float>(thread, kPanelRows * kPanelColumns);
+      p.y_stride = kPanelColumns;
+    }
     panels.product(p, x_words);
+    const int64_t gelu_words = panel_words(b, n);
+    if (gelu) panels.pack_gelu(p.y, p.y_stride, p.m, p.count, gelu + row * gelu_words + first / 2, gelu_words);
   };
   ctx.pool.parallel_for(row_pieces * column_pieces, std::ref(product));
+}
+
+void linear_panels(Context& ctx, const LinearBodies& b, const LinearWeight& w, const float* x, int64_t m, float* y,
+                   LinearMode mode, int64_t x_stride, int64_t y_stride) {
+  float* packed = ctx.workspace<float>(ctx.shared_slot(), static_cast<size_t>(m * panel_words(b, w.in())));
+  pack_for_panels(ctx, b, x, m, w.in(), x_stride, packed);
+  panel_products(ctx, b, w, packed, m, y, mode, y_stride);
 }
 
 void linear_large(Context& ctx, const LinearBodies& b, Operand operand, const LinearWeight& w, const float* x,
@@ -137,8 +159,28 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
   const Operand operand = operand_for(ctx.activations, w.weight.dtype, b);
   if (w.panels && operand == Operand::kBf16Pair) return linear_panels(ctx, b, w, x, m, y, mode, x_stride, y_stride);
   const bool pair_codes = w.weight.dtype == DType::kI8 && operand == Operand::kBf16Pair;
-  const auto body = m <= (pair_codes ? kMaxSmallCodeRows : kMaxSmallRows) ? linear_small : linear_large;
+  const auto body = !w.one_body && m <= (pair_codes ? kMaxSmallCodeRows : kMaxSmallRows) ? linear_small : linear_large;
   body(ctx, b, operand, w, x, m, y, mode, x_stride, y_stride);
+}
+
+bool packs_gelu(const Context& ctx, const LinearWeight& in, const LinearWeight& out) {
+  const auto has = [&](const LinearWeight& w) {
+    return w.panels && operand_for(ctx.activations, w.weight.dtype, linear_bodies()) == Operand::kBf16Pair;
+  };
+  return has(in) && has(out) && in.out() % 32 == 0;
+}
+
+const float* linear_gelu(Context& ctx, const LinearWeight& w, const float* x, int64_t m) {
+  const LinearBodies& b = linear_bodies();
+  const int64_t x_size = m * panel_words(b, w.in());
+  float* packed = ctx.workspace<float>(ctx.shared_slot(), static_cast<size_t>(x_size + m * panel_words(b, w.out())));
+  pack_for_panels(ctx, b, x, m, w.in(), w.in(), packed);
+  panel_products(ctx, b, w, packed, m, nullptr, LinearMode::kStore, 0, packed + x_size);
+  return packed + x_size;
+}
+
+void linear_packed(Context& ctx, const LinearWeight& w, const float* packed, int64_t m, float* y) {
+  panel_products(ctx, linear_bodies(), w, packed, m, y, LinearMode::kStore, w.out());
 }
 
 size_t panel_bytes(ActivationType activations, const Tensor& weight) {

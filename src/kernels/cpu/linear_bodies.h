@@ -96,6 +96,9 @@ struct PanelBodies {
   // As LinearBodies::large for any m and count, x as for small with rows x_words apart; piece.weight is the panel of
   // the first column, a multiple of lanes.
   void (*product)(const LinearPiece& piece, int64_t x_words);
+  // gelu_tanh of `rows` rows of `count` values, a multiple of 32, as words of x: exact to 2e-4, well below what bf16
+  // rounds off.
+  void (*pack_gelu)(const float* y, int64_t y_stride, int64_t rows, int64_t count, float* words, int64_t x_words);
 };
 // Columns of a piece of such a product: what divides the work of small layers among a few threads.
 inline constexpr int64_t kPanelColumns = 96;
