@@ -28,8 +28,9 @@ constexpr int64_t kFetchAhead = 12 * 1024;
 // bounds the partial results.
 constexpr int64_t kChunkSlots = 1024, kChunkBytes = 256 * 1024;
 constexpr int64_t kMaxChunks = 32;
-// Query rows that lanes take, and rows of a sequence that are cut into items of them: more are worth packing keys for.
-constexpr int64_t kLeastLaneRows = 9, kLaneRows = 16, kMostLaneRows = 64;
+// Query rows that lanes take (ten cost as much as sixteen, more than the streaming path's ten), and rows of a sequence
+// that are cut into items of them: more are worth packing keys for.
+constexpr int64_t kLeastLaneRows = 13, kLaneRows = 16, kMostLaneRows = 64;
 // Slots from the one in use to the one that is asked for.
 constexpr int64_t kLanesAhead = 32;
 // Slots of such an item that are worth two, so that an odd number of heads divides among two threads.

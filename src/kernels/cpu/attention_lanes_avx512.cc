@@ -1,4 +1,4 @@
-// Nine to sixteen query rows over a bf16 cache, as a block of latents has them: each row has a lane. A key's words are
+// Thirteen to sixteen query rows over a bf16 cache, as a block of latents has them: each row has a lane. A key's words are
 // broadcast as they lie times a vector of the queries' words, so that keys are not transposed; scores of sixteen keys
 // are sixteen registers, whose maxima, exponentials and sums need no fold; probabilities in bf16 pairs of keys go
 // straight to where the products with values, sixteen columns a vector, broadcast them from. Queries and probabilities
