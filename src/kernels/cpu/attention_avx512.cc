@@ -128,14 +128,6 @@ void values_bf16(const void* a, int64_t lda, const void* b, int from, int k, int
 
 // ---- softmax --------------------------------------------------------------------------------------
 
-// Lanes of columns [at, at + kLanes) that lie in [begin, end).
-inline __mmask16 visible(int at, int begin, int end) {
-  const int lo = begin - at, hi = end - at;
-  const uint32_t above = lo <= 0 ? 0xffffu : lo >= 16 ? 0u : 0xffffu << lo;
-  const uint32_t below = hi <= 0 ? 0u : hi >= 16 ? 0xffffu : (1u << hi) - 1u;
-  return static_cast<__mmask16>(above & below);
-}
-
 template <bool kPairs>
 inline void put(void* p, Vec x, Vec y) {
   if constexpr (kPairs) {

@@ -11,13 +11,6 @@ namespace {
 
 // ---- softmax --------------------------------------------------------------------------------------
 
-inline __mmask16 visible(int at, int begin, int end) {
-  const int lo = begin - at, hi = end - at;
-  const uint32_t above = lo <= 0 ? 0xffffu : lo >= 16 ? 0u : 0xffffu << lo;
-  const uint32_t below = hi <= 0 ? 0u : hi >= 16 ? 0xffffu : (1u << hi) - 1u;
-  return static_cast<__mmask16>(above & below);
-}
-
 // 2^x: what is above the next lower integer by a polynomial, the rest by vscalefps, which takes any x. Neither is done
 // by the pipes of the products. kDegree 3 for bf16, 7.5e-5; 4 for digits of 7.6e-6, 2.6e-6. Coefficients by Remez'
 // method.

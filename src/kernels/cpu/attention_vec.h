@@ -20,6 +20,13 @@ struct Vec {
   __m512 v;
 };
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+// Lanes of columns [at, at + 16) that lie in [begin, end).
+inline __mmask16 visible(int at, int begin, int end) {
+  const int lo = begin - at, hi = end - at;
+  const uint32_t above = lo <= 0 ? 0xffffu : lo >= 16 ? 0u : 0xffffu << lo;
+  const uint32_t below = hi <= 0 ? 0u : hi >= 16 ? 0xffffu : (1u << hi) - 1u;
+  return static_cast<__mmask16>(above & below);
+}
 inline Vec zero() { return {_mm512_setzero_ps()}; }
 inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }

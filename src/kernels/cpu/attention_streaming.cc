@@ -1,0 +1,277 @@
+// Attention of few query rows over keys and values as they lie in their pages: decode, and blocks of latents with a row
+// in each lane.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "kernels/cpu/attention_items.h"
+
+namespace lacuna::cpu {
+namespace {
+
+// Slots whose scores a streaming item holds at a time: one page, so that memory is read in the order it
+// lies in (15 % faster than the keys of eight pages before their values), but not fewer than are worth a
+// softmax step, nor more than fit in a third of L1 (16 rows * 256 * 4 B = 16 KB).
+constexpr int64_t kLeastStreamTile = 32, kWideStreamTile = 128, kStreamTile = 256;
+// Slots from the one in use to the one that is asked for.
+constexpr int64_t kLanesAhead = 32;
+
+// Slots whose scores a streaming item holds at a time, whole pages if they fit. Over int8 with several query rows the
+// products decide, and what surrounds them is less for more slots at a time; but what lies between a line's request
+// and its use must fit in L1. Over bf16 memory decides, and it wants its own order.
+int64_t tile_slots(const AttentionJob& job, const AttentionItem& item) {
+  int64_t slots = kLeastStreamTile;
+  if (job.layout.dtype == DType::kI8 && job.narrow(item) && job.rows(item) > 2) {
+    const int64_t bytes = job.rows(item) > 4 ? 12 * 1024 : 4 * 1024;  // of keys
+    slots = std::clamp(bytes / static_cast<int64_t>(job.pages.row_bytes), kLeastStreamTile, kWideStreamTile);
+  }
+  slots = slots / kLeastStreamTile * kLeastStreamTile;
+  return std::min(round_up(slots, job.layout.page_slots), kStreamTile);
+}
+
+// Walks ahead of a streaming item, in the order in which it and the next items, which are most often this thread's
+// too, read their pages: the keys of a tile's pages, then their values. (Over pages larger than a tile it is too fast.)
+class Ahead {
+ public:
+  Ahead(const AttentionJob& job, const AttentionItem& item, int64_t slot) : job_(job) {
+    enter(&item, slot);
+    // A tile's values are read together, so the last of them must be on its way before the last keys are used.
+    const int64_t steps = std::max<int64_t>(job.fetch_steps, tile_pages_ > 1 ? tile_pages_ + 1 : 0);
+    for (int64_t i = 0; i < steps; ++i) step();
+  }
+  // The stretch after the one of the call before; null: nothing follows. Its lines are asked for on the way; its
+  // scales lie apart and are few.
+  const std::byte* next() {
+    if (!item_) return nullptr;
+    const std::byte* page = pages_[page_];
+    __builtin_prefetch(pages_ + page_ + kPagesAhead);
+    const PageMap& map = job_.pages;
+    const std::byte* scales = page + map.scales[part_];
+    for (uint32_t i = 0; map.scaled && i < map.slots; i += 16) __builtin_prefetch(scales + i * 4);
+    const std::byte* codes = page + map.codes[part_];
+    step();
+    return codes;
+  }
+
+ private:
+  void enter(const AttentionItem* item, int64_t slot) {
+    item_ = item;
+    const auto slots = job_.pages.slots;
+    tile_pages_ = static_cast<uint32_t>(std::max<int64_t>(1, tile_slots(job_, *item) / slots));
+    pages_ = job_.sequences[static_cast<size_t>(item->sequence)].heads[item->head].pages;
+    part_ = 0;
+    page_ = tile_ = static_cast<uint32_t>(slot) / slots;
+    end_ = (static_cast<uint32_t>(item->slot_end) + slots - 1) / slots;
+    tile_end_ = std::min(end_, (page_ / tile_pages_ + 1) * tile_pages_);
+  }
+  void step() {
+    if (!item_ || ++page_ < tile_end_) return;
+    part_ = 1 - part_;
+    if (part_ == 1) {
+      page_ = tile_;
+      return;
+    }
+    tile_ = page_;
+    tile_end_ = std::min(end_, tile_ + tile_pages_);
+    if (page_ < end_) return;
+    ++item_;
+    if (item_ == job_.items_end || !job_.streams(*item_) || item_->slot_begin >= item_->slot_end)
+      item_ = nullptr;
+    else
+      enter(item_, item_->slot_begin);
+  }
+
+  // Their addresses are in memory, too: two lines on.
+  static constexpr int kPagesAhead = 16;
+
+  const AttentionJob& job_;
+  const AttentionItem* item_;  // null: nothing is left
+  const std::byte* const* pages_;
+  uint32_t tile_pages_, tile_, tile_end_, end_;  // all in pages
+  uint32_t page_, part_;
+};
+
+}  // namespace
+
+int64_t streaming_workspace(const AttentionJob& job, const AttentionItem& item) {
+  const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item);
+  const int64_t query =
+      job.narrow(item) ? job.narrow_ops->query_bytes(job.layout.dtype, static_cast<int>(rows), job.d()) : 0;
+  return 14 * 64 + rows * (2 * job.ld * 4 + kStreamTile * 6 + 160) + query + tokens * 16;
+}
+
+void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, int thread) {
+  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+  const KvHeadView& head = s.heads[item.head];
+  const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), ld = job.ld;
+  Carver carve(ctx.workspace<std::byte>(thread, static_cast<size_t>(streaming_workspace(job, item))));
+  auto* q = carve.take<float>(rows * ld);
+  auto* sums = carve.take<float>(rows * ld);
+  auto* scores = carve.take<float>(rows * kStreamTile);
+  auto* max = carve.take<float>(rows);
+  auto* total = carve.take<float>(rows);
+  auto* shrink = carve.take<float>(rows);
+  auto* row_begin = carve.take<int32_t>(rows);
+  auto* row_end = carve.take<int32_t>(rows);
+  auto* begin = carve.take<int64_t>(tokens);
+  auto* end = carve.take<int64_t>(tokens);
+  const auto m = static_cast<int>(rows);
+  const DType dtype = job.layout.dtype;
+  const NarrowOps* narrow = job.narrow(item) ? job.narrow_ops : nullptr;
+  auto* narrow_q = carve.take<std::byte>(narrow ? narrow->query_bytes(dtype, m, job.d()) : 0);
+  // Probabilities in bf16 pairs lie apart from the scores.
+  const bool pairs = narrow && dtype == DType::kBF16;
+  auto* narrow_p = carve.take<uint16_t>(pairs ? rows * kStreamTile : 0);
+  auto* narrow_total = carve.take<float>(narrow ? rows * 16 : 0);
+  auto* largest = carve.take<float>(narrow ? rows * 16 : 0);
+
+  for (int64_t t = 0; t < tokens; ++t)
+    job.ops.f32.rows(DType::kF32, job.query(s, item.head, item.token_begin + t), nullptr, job.group, job.d(),
+                     q + t * job.group * ld, ld);
+  if (narrow) narrow->prepare(dtype, q, ld, m, job.d(), narrow_q);
+  std::fill_n(sums, rows * ld, 0.0f);
+  std::fill_n(max, rows, -std::numeric_limits<float>::infinity());
+  std::fill_n(total, rows, 0.0f);
+  visible_slots(job, item, begin, end);
+
+  std::fill_n(narrow_total, narrow ? rows * 16 : 0, 0.0f);
+  void* p = pairs ? static_cast<void*>(narrow_p) : scores;
+  const int64_t tile = tile_slots(job, item);
+  const int64_t last = end[tokens - 1];
+  const auto shrink_sums = [&] {
+    for (int64_t i = 0; i < rows; ++i)
+      if (shrink[i] != 1.0f) job.ops.scale_row(sums + i * ld, shrink[i], ld, sums + i * ld);
+  };
+  Ahead ahead(job, item, begin[0]);
+  for (int64_t slot = begin[0], slot_end; slot < last; slot = slot_end) {
+    slot_end = std::min(slot / tile * tile + tile, last);
+    for (int64_t at = slot; at < slot_end;) {
+      const KvStretch k = stretch(job.pages, head, KvPart::kKeys, at, slot_end);
+      const auto count = static_cast<int>(k.count);
+      const std::byte* next = ahead.next();
+      float* to = scores + (at - slot);
+      if (narrow)
+        narrow->scores(dtype, k.codes, k.scales, count, job.d(), narrow_q, m, to, kStreamTile, next);
+      else
+        job.ops.stream_scores(dtype, k.codes, k.scales, count, job.d(), q, ld, m, to, kStreamTile, next);
+      at += k.count;
+    }
+    row_ranges(begin, end, 0, rows, job.group, slot, slot_end - slot, row_begin, row_end);
+    const auto to = static_cast<int>(round_up(slot_end - slot, kPad));
+    SoftmaxStep step{scores, kStreamTile, m, row_begin, row_end, 0, to, job.scale, max, total, shrink, p};
+    if (!narrow) {
+      job.ops.f32.softmax(step);
+      shrink_sums();
+      for (int64_t at = slot; at < slot_end;) {
+        const KvStretch v = stretch(job.pages, head, KvPart::kValues, at, slot_end);
+        const auto count = static_cast<int>(v.count);
+        job.ops.stream_values(dtype, v.codes, v.scales, count, job.d(), scores + (at - slot), kStreamTile, m, sums, ld,
+                              ahead.next());
+        at += v.count;
+      }
+      continue;
+    }
+    SlotRun runs[kStreamTile];
+    alignas(64) float weights[kStreamTile];
+    int n = 0;
+    for (int64_t at = slot; at < slot_end; at += runs[n++].count) {
+      const KvStretch v = stretch(job.pages, head, KvPart::kValues, at, slot_end);
+      runs[n] = {v.codes, static_cast<int>(v.count), ahead.next()};
+      if (v.scales) std::copy_n(v.scales, v.count, weights + (at - slot));
+    }
+    std::fill(weights + (slot_end - slot), weights + to, 0.0f);
+    step.sum = narrow_total;
+    step.weights = weights;
+    step.largest = largest;
+    narrow->softmax(dtype, step);
+    shrink_sums();
+    narrow->values(dtype, runs, n, job.d(), p, kStreamTile, largest, m, sums, ld);
+  }
+  if (narrow) {
+    narrow->restore(dtype, sums, ld, m, job.d());
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* lanes = narrow_total + i * 16;
+      total[i] = std::accumulate(lanes, lanes + 16, 0.0f);
+    }
+  }
+  finish(job, item, sums, max, total);
+}
+
+int64_t lane_workspace(const AttentionJob& job, const AttentionItem& item) {
+  const int64_t tokens = item.token_end - item.token_begin;
+  return 12 * 64 + kLaneRows * (job.d() * 2 + job.ld * 4 + 16) + kLanePairs * (kLaneRows + job.d()) * 4 + tokens * 16;
+}
+
+void lane_item(Context& ctx, const AttentionJob& job, AttentionItem& item, int thread) {
+  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+  const KvHeadView& head = s.heads[item.head];
+  const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), d = job.d();
+  Carver carve(ctx.workspace<std::byte>(thread, static_cast<size_t>(lane_workspace(job, item))));
+  auto* begin = carve.take<int64_t>(tokens);
+  auto* end = carve.take<int64_t>(tokens);
+  auto* row_begin = carve.take<int32_t>(kLaneRows);
+  auto* row_end = carve.take<int32_t>(kLaneRows);
+  LaneItem lanes{};
+  lanes.rows = static_cast<int>(rows);
+  lanes.scale = job.scale;
+  lanes.begin = row_begin;
+  lanes.end = row_end;
+  lanes.q = carve.take<int32_t>(d / 2 * kLaneRows);
+  lanes.p = carve.take<int32_t>(kLanePairs * kLaneRows);
+  lanes.values = carve.take<int32_t>(kLanePairs * d);
+  lanes.max = carve.take<float>(kLaneRows);
+  lanes.total = carve.take<float>(kLaneRows);
+  auto* sums = carve.take<float>(rows * job.ld);
+  lanes.sums = item.partial >= 0 ? job.partials + item.partial : sums;
+  lanes.ld = job.ld;
+
+  visible_slots(job, item, begin, end);
+  const float* q[kLaneRows];
+  float* out[kLaneRows];
+  int64_t row = 0;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t j = 0; j < job.group; ++j, ++row) {
+      row_begin[row] = static_cast<int32_t>(begin[t]);
+      row_end[row] = static_cast<int32_t>(end[t]);
+      q[row] = job.query(s, item.head, item.token_begin + t) + j * d;
+      out[row] = job.output(s, item.head, item.token_begin + t) + j * d;
+    }
+  for (; row < kLaneRows; ++row) row_begin[row] = row_end[row] = 0;
+  lanes.all_begin = static_cast<int32_t>(begin[tokens - 1]);
+  lanes.all_end = static_cast<int32_t>(end[0]);
+  job.lane_ops->begin(lanes, q, job.d());
+  const int64_t last = end[tokens - 1];
+  const auto part_of = [&](const KvHeadView& h, KvPart part, int64_t at) {
+    return stretch(job.pages, h, part, at, h.length);
+  };
+  for (int64_t slot = begin[0]; slot < last;) {
+    const KvStretch k = part_of(head, KvPart::kKeys, slot), v = part_of(head, KvPart::kValues, slot);
+    const int64_t count = std::min(k.count, last - slot), after = slot + count;
+    // Most often this thread's next item begins where this one ends, or with the next head.
+    const AttentionItem* next = &item + 1;
+    const KvHeadView* other = &head;
+    int64_t at = slot + kLanesAhead;
+    if (at >= head.length && next < job.items_end) {
+      other = &job.sequences[static_cast<size_t>(next->sequence)].heads[next->head];
+      at += next->slot_begin - head.length;
+    }
+    LaneAhead ahead{};
+    if (at < other->length)
+      ahead = {part_of(*other, KvPart::kKeys, at).codes, part_of(*other, KvPart::kValues, at).codes};
+    job.lane_ops->add(lanes, k.codes, v.codes, ahead, static_cast<int>(count), job.d(), static_cast<int>(slot));
+    slot = after;
+  }
+  job.lane_ops->end(lanes, job.d());
+  if (item.partial >= 0) {
+    std::copy_n(lanes.max, rows, lanes.sums + rows * job.ld);
+    std::copy_n(lanes.total, rows, lanes.sums + rows * (job.ld + 1));
+    return;
+  }
+  job.lane_ops->divide(lanes, out, job.d());
+  for (int64_t i = 0; s.lse && i < rows; ++i)
+    job.lse(s, item.head, item.token_begin + i / job.group)[i % job.group] =
+        (lanes.max[i] + std::log2(lanes.total[i])) * kLn2;
+}
+
+}  // namespace lacuna::cpu
