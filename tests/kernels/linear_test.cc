@@ -271,6 +271,30 @@ TEST(Linear, PanelsChangeNoBits) {
 
 // Two products with GELU between them: without panels the three ops' bits, with panels (whose GELU is less exact than
 // f32) within what bf16 rounds off, and a row's bits whatever the number of rows and threads.
+// Between identities, where each value shows alone: rounded to bf16, and off by no more than 2e-4 of itself before that.
+TEST(Linear, GeluBetweenIdentities) {
+  std::mt19937 random(13);
+  const int64_t n = 64, m = 70;
+  Weight identity(DType::kBF16, n, n, false, random);
+  for (int64_t i = 0; i < n * n; ++i) identity.set(i, to_bf16(i % (n + 1) == 0 ? 1.0f : 0.0f));
+  std::vector<float> x(static_cast<size_t>(m * n)), wide(x.size()), y(x.size());
+  for (size_t i = 0; i < x.size(); ++i)
+    x[i] = to_float(to_bf16(-4 + 8 * static_cast<float>(i) / static_cast<float>(x.size())));
+  for (Isa isa : reachable_isas()) {
+    ScopedIsa scoped(isa);
+    MemoryAccount memory;
+    Context one(memory, 1);
+    LinearWeight in = identity.view, out = identity.view;
+    LinearWeight* const list[] = {&in, &out};
+    const Buffer panels = pack_panels(one, list, size_t{1} << 20);
+    gelu_mlp(one, in, out, x.data(), m, wide.data(), y.data());
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double v = x[i], exact = v / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
+      ASSERT_NEAR(y[i], exact, std::fabs(exact) * (1 / 256.0 + 2e-4)) << v;
+    }
+  }
+}
+
 TEST(Linear, GeluBetweenTwoProducts) {
   std::mt19937 random(12);
   const int64_t k = 45, n = 23, most = 70;
