@@ -1,5 +1,5 @@
 // The vector bodies that attention is built from, one table for each ISA level. The drivers
-// (attention_cpu.cc, attention_scores.cc, kv_pages.cc) hold the loops over heads, tiles and pages and
+// (attention_cpu.cc, attention_streaming.cc, attention_scores.cc, kv_pages.cc) hold the loops over heads, tiles and pages and
 // are compiled once; each table entry does thousands of operations a call.
 #pragma once
 
