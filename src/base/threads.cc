@@ -126,4 +126,49 @@ void ThreadPool::parallel_runs(int64_t count, const std::function<void(int64_t, 
   parallel_for(runs, std::ref(take));
 }
 
+void ThreadPool::parallel_chain(std::span<const int64_t> counts,
+                                const std::function<void(int64_t, int64_t, int)>& body) {
+  const auto loops = static_cast<int64_t>(counts.size()), runs = int64_t{size()};
+  if (const auto need = static_cast<size_t>(loops * (runs + 1)); need > link_count_) {
+    links_ = std::make_unique<Run[]>(need);
+    link_count_ = need;
+  }
+  for (int64_t l = 0; l < loops; ++l) {
+    Run* link = &links_[static_cast<size_t>(l * (runs + 1))];
+    for (int64_t r = 0; r < runs; ++r) {
+      link[r].next.store(counts[static_cast<size_t>(l)] * r / runs, std::memory_order_relaxed);
+      link[r].end = counts[static_cast<size_t>(l)] * (r + 1) / runs;
+    }
+    link[runs].next.store(0, std::memory_order_relaxed);
+  }
+  std::atomic<bool> failed{false};
+  const auto follow = [&](int64_t, int thread) {
+    for (int64_t l = 0; l < loops; ++l) {
+      Run* link = &links_[static_cast<size_t>(l * (runs + 1))];
+      std::atomic<int64_t>& done = link[runs].next;
+      const int64_t count = counts[static_cast<size_t>(l)];
+      // The own run first; who is done with it helps with the others, unless that was the last of all.
+      for (int64_t r = 0, all = 0; r < runs && all < count; ++r) {
+        Run& run = link[(thread + r) % runs];
+        int64_t mine = 0;
+        try {
+          for (int64_t i; (i = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end; ++mine) body(l, i, thread);
+        } catch (...) {
+          failed.store(true);
+          throw;
+        }
+        if (mine > 0) all = done.fetch_add(mine, std::memory_order_acq_rel) + mine;
+      }
+      for (int spins = 0; done.load(std::memory_order_acquire) < count; ++spins) {
+        if (failed.load(std::memory_order_relaxed)) return;
+        if (spins < kSpins)
+          cpu_relax();
+        else
+          std::this_thread::yield();
+      }
+    }
+  };
+  parallel_for(runs, std::ref(follow));
+}
+
 }  // namespace lacuna

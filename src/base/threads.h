@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <thread>
 #include <vector>
 
@@ -32,6 +33,11 @@ class ThreadPool {
   // The same, but a thread takes neighbouring indices as long as it can: for bodies that ask for the memory of
   // the next index ahead.
   void parallel_runs(int64_t count, const std::function<void(int64_t index, int thread)>& body);
+  // Loops of counts[0], counts[1], … indices, each once the one before it is done; what loop `i` wrote, loop i + 1 sees.
+  // As parallel_runs, but the threads are called together once, and thread t begins with the t-th run of every loop:
+  // rows that are shared out alike in several loops stay with their thread.
+  void parallel_chain(std::span<const int64_t> counts,
+                      const std::function<void(int64_t loop, int64_t index, int thread)>& body);
 
  private:
   void worker(int thread);
@@ -44,6 +50,8 @@ class ThreadPool {
 
   std::vector<std::thread> workers_;
   std::unique_ptr<Run[]> runs_;  // one a thread
+  std::unique_ptr<Run[]> links_;  // of a chain: one a loop and thread, and behind them one a loop: indices that are done
+  size_t link_count_ = 0;
   std::mutex mutex_;
   std::condition_variable wake_;
   const std::function<void(int64_t, int)>* body_ = nullptr;

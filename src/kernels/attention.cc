@@ -1,6 +1,8 @@
 #include "kernels/attention.h"
 
 #include <algorithm>
+#include <atomic>
+#include <functional>
 #include <limits>
 
 #include "base/error.h"
@@ -50,10 +52,8 @@ int64_t kv_bytes(const KvLayout& l, const KvHeadView& head, int64_t first_positi
   return slots * row * (values ? 2 : 1);
 }
 
-}  // namespace
-
-void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
-               std::span<const AttentionSequence> seqs) {
+// Checks a call's operands; what it will report, but for products and time. m = 0: nothing to do.
+OpRecord check_attention(const KvLayout& layout, const AttentionShape& shape, std::span<const AttentionSequence> seqs) {
   constexpr const char* kOp = "attention";
   check_layout(kOp, layout);
   if (shape.kv_heads < 1 || shape.query_heads < 1 || shape.query_heads % shape.kv_heads != 0)
@@ -69,31 +69,60 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
   const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
   check_stride(kOp, "q_stride", shape.q_stride, row);
   check_stride(kOp, "out_stride", shape.out_stride, row);
-  int64_t tokens = 0, longest = 0;
+  OpRecord record;
+  record.kind = OpKind::kAttention;
+  record.k = layout.head_dim;
   for (const AttentionSequence& s : seqs) {
     check_positions(kOp, s.first_position, s.tokens);
     if (s.tokens == 0) continue;
     if (!s.q || !s.out || !s.heads) throw BadInput("{}: a sequence of {} tokens lacks q, out or heads", kOp, s.tokens);
     for (int g = 0; g < shape.kv_heads; ++g) {
       check_head(kOp, s.heads[g], shape.causal ? s.tokens : 1);
-      longest = longest > s.heads[g].length ? longest : s.heads[g].length;
+      record.n = std::max(record.n, s.heads[g].length);
+      record.kv_read_bytes += kv_bytes(layout, s.heads[g], s.first_position, shape.window, true);
     }
-    tokens += s.tokens;
+    record.m += s.tokens * shape.query_heads;
   }
-  if (tokens == 0) return;
+  record.activation_bytes = 2 * record.m * layout.head_dim * 4;
+  return record;
+}
 
+}  // namespace
+
+void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
+               std::span<const AttentionSequence> seqs) {
+  const OpRecord record = check_attention(layout, shape, seqs);
+  if (record.m == 0) return;
   OpScope scope(ctx, OpKind::kAttention);
-  cpu::AttentionCounts counts;
-  cpu::attention(ctx, layout, shape, seqs, counts);
+  cpu::AttentionRun run(ctx, layout, shape, seqs);
+  std::atomic<int64_t> pairs = 0;
+  const auto item = [&](int64_t index, int thread) { pairs += run.item(seqs, index, thread); };
+  ctx.pool.parallel_runs(run.items(), std::ref(item));
   if (!scope.on()) return;
-  scope.record.m = tokens * shape.query_heads;
-  scope.record.n = longest;
-  scope.record.k = layout.head_dim;
-  scope.record.macs = counts.pairs * 2 * layout.head_dim;
-  scope.record.activation_bytes = 2 * tokens * row * 4;
-  for (const AttentionSequence& s : seqs)
-    for (int g = 0; g < shape.kv_heads && s.tokens > 0; ++g)
-      scope.record.kv_read_bytes += kv_bytes(layout, s.heads[g], s.first_position, shape.window, true);
+  scope.record = record;
+  scope.record.layer = ctx.layer;
+  scope.record.macs = pairs * 2 * layout.head_dim;
+}
+
+AttentionPlan::AttentionPlan(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
+                             std::span<const AttentionSequence> seqs)
+    : record_(check_attention(layout, shape, seqs)) {
+  if (record_.m > 0) run_ = std::make_unique<cpu::AttentionRun>(ctx, layout, shape, seqs);
+}
+
+AttentionPlan::~AttentionPlan() = default;
+
+int64_t AttentionPlan::items() const { return run_ ? run_->items() : 0; }
+int64_t AttentionPlan::first_item(int64_t sequence) const { return run_ ? run_->first_item(sequence) : 0; }
+
+void AttentionPlan::item(Context& lane, std::span<const AttentionSequence> seqs, int64_t index, int thread) {
+  OpScope scope(lane, OpKind::kAttention);
+  const int64_t pairs = run_->item(seqs, index, thread);
+  if (!scope.on()) return;
+  // The first item speaks for all but for the products of each.
+  if (index == 0) scope.record = record_;
+  scope.record.layer = lane.layer;
+  scope.record.macs = pairs * 2 * record_.k;
 }
 
 void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,

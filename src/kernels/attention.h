@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <memory>
 #include <span>
 
 #include "kernels/context.h"
@@ -75,6 +76,28 @@ struct AttentionShape {
 // prefill chunks (large T), decode (T = 1, many sequences), and continuation over an evicted cache.
 // A sequence's result does not depend on the other sequences or on the number of threads.
 void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape, std::span<const AttentionSequence> seqs);
+
+namespace cpu {
+class AttentionRun;
+}
+
+// attention() in items, for threads that do other work between them, and planned once for many layers that differ in
+// nothing but what the tensors hold. Items hold workspaces of ctx, which no other op may use meanwhile.
+class AttentionPlan {
+ public:
+  AttentionPlan(Context& ctx, const KvLayout& layout, const AttentionShape& shape, std::span<const AttentionSequence> seqs);
+  ~AttentionPlan();
+  // In the order of the sequences; that from first_item(s) to first_item(s + 1) - 1 are those of s.
+  int64_t items() const;
+  int64_t first_item(int64_t sequence) const;
+  // One item of a layer with seqs of the plan's sizes, on thread `thread` of ctx.pool; reported to lane's trace, where
+  // all items of a layer add up to the record of an attention().
+  void item(Context& lane, std::span<const AttentionSequence> seqs, int64_t index, int thread);
+
+ private:
+  OpRecord record_;
+  std::unique_ptr<cpu::AttentionRun> run_;  // null: nothing to do
+};
 
 // Writes T new slots of G heads: k and v are [T, G, d] f32, rows `stride` floats apart (0 = G*d).
 // Converts to the layout's dtype (int8: scale = amax/127 per token and head, round half to even).

@@ -14,6 +14,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Adds a record of other rows of the same op.
 void add(OpRecord& sum, const OpRecord& r) {
   sum.m += r.m;
+  sum.n = std::max(sum.n, r.n);
+  sum.k = std::max(sum.k, r.k);
   sum.macs += r.macs;
   sum.activation_bytes += r.activation_bytes;
   sum.kv_read_bytes += r.kv_read_bytes;
@@ -21,23 +23,31 @@ void add(OpRecord& sum, const OpRecord& r) {
   sum.duration_ns += r.duration_ns;
 }
 
+// Pieces of [0, m) that make the threads end together.
+int64_t rows_of_piece(int64_t m, int64_t threads) {
+  const int64_t wanted = threads * ceil_div(m, threads * kMostRows);
+  return ceil_div(ceil_div(m, wanted), kRows) * kRows;
+}
+
 }  // namespace
 
 struct Lanes::Lane : TraceSink {
   explicit Lane(MemoryAccount& memory) : ctx(memory, 1) {}
   void record(const OpRecord& r) override {
-    if (at == records.size())
-      records.push_back(r);
+    std::vector<OpRecord>& all = records[phase];
+    if (at == all.size())
+      all.push_back(r);
     else
-      add(records[at], r);
+      add(all[at], r);
     ++at;
   }
   Context ctx;
-  std::vector<OpRecord> records;  // of one op after the other, over the lane's pieces
-  size_t at = 0;                  // where the piece's next goes
+  // Of one op after the other of a phase, over the lane's pieces. Phases are loops of the chain, steps and mixings.
+  std::vector<std::vector<OpRecord>> records;
+  size_t phase = 0, at = 0;  // where the piece's next goes
 };
 
-void Lanes::pieces(Context& ctx, int64_t count, const std::function<void(Context& lane, int64_t index)>& body) {
+void Lanes::begin(Context& ctx, int64_t phases) {
   const int64_t threads = ctx.pool.size();
   if (static_cast<int64_t>(lanes_.size()) != threads || &lanes_[0]->ctx.memory != &ctx.memory) {
     lanes_.clear();
@@ -47,34 +57,76 @@ void Lanes::pieces(Context& ctx, int64_t count, const std::function<void(Context
     lane->ctx.activations = ctx.activations;
     lane->ctx.layer = ctx.layer;
     lane->ctx.trace = ctx.trace ? lane.get() : nullptr;
-    lane->records.clear();
-  }
-  const auto piece = [&](int64_t index, int thread) {
-    Lane& lane = *lanes_[static_cast<size_t>(thread)];
-    lane.at = 0;
-    body(lane.ctx, index);
-  };
-  ctx.pool.parallel_for(count, std::ref(piece));
-  if (!ctx.trace) return;
-  std::vector<OpRecord>* sum = &lanes_[0]->records;
-  for (const auto& lane : lanes_) {
-    std::vector<OpRecord>& other = lane->records;
-    if (&other == sum) continue;
-    if (sum->empty()) sum->swap(other);
-    for (size_t i = 0; i < other.size(); ++i) add((*sum)[i], other[i]);
-  }
-  for (OpRecord& r : *sum) {
-    r.duration_ns /= threads;
-    ctx.trace->record(r);
+    lane->records.resize(static_cast<size_t>(phases));
+    for (auto& records : lane->records) records.clear();
   }
 }
 
-void Lanes::rows(Context& ctx, int64_t m, const std::function<void(Context& lane, int64_t first, int64_t rows)>& body) {
-  // As many pieces as make the threads end together.
-  const int64_t threads = ctx.pool.size(), wanted = threads * ceil_div(m, threads * kMostRows);
-  const int64_t rows = ceil_div(ceil_div(m, wanted), kRows) * kRows;
-  pieces(ctx, ceil_div(m, rows),
-         [&](Context& lane, int64_t index) { body(lane, index * rows, std::min(rows, m - index * rows)); });
+Context& Lanes::enter(int thread, int64_t phase) {
+  Lane& lane = *lanes_[static_cast<size_t>(thread)];
+  lane.phase = static_cast<size_t>(phase);
+  lane.at = 0;
+  return lane.ctx;
+}
+
+void Lanes::report(Context& ctx) {
+  if (!ctx.trace) return;
+  const auto threads = static_cast<int64_t>(lanes_.size());
+  for (size_t phase = 0; phase < lanes_[0]->records.size(); ++phase) {
+    std::vector<OpRecord>& sum = lanes_[0]->records[phase];
+    for (size_t t = 1; t < lanes_.size(); ++t) {
+      std::vector<OpRecord>& other = lanes_[t]->records[phase];
+      if (sum.empty())
+        sum.swap(other);
+      else
+        for (size_t i = 0; i < other.size(); ++i) add(sum[i], other[i]);
+    }
+    for (OpRecord& r : sum) {
+      r.duration_ns /= threads;
+      ctx.trace->record(r);
+    }
+  }
+}
+
+void Lanes::rows(Context& ctx, int64_t m, const Rows& body) {
+  begin(ctx, 1);
+  const int64_t rows = rows_of_piece(m, ctx.pool.size());
+  const auto piece = [&](int64_t index, int thread) {
+    body(enter(thread, 0), index * rows, std::min(rows, m - index * rows));
+  };
+  ctx.pool.parallel_for(ceil_div(m, rows), std::ref(piece));
+  report(ctx);
+}
+
+void Lanes::chain(Context& ctx, int64_t m, const Steps& steps) {
+  const int64_t phases = 2 * steps.steps - 1, rows = rows_of_piece(m, ctx.pool.size());
+  begin(ctx, phases);
+  counts_.resize(static_cast<size_t>(phases));
+  for (size_t i = 0; i < counts_.size(); ++i) counts_[i] = i % 2 == 0 ? ceil_div(m, rows) : steps.items;
+  const auto piece = [&](int64_t phase, int64_t index, int thread) {
+    Context& lane = enter(thread, phase);
+    if (phase % 2 == 0)
+      steps.body(lane, phase / 2, index * rows, std::min(rows, m - index * rows));
+    else
+      steps.mix(lane, phase / 2, index, thread);
+  };
+  ctx.pool.parallel_chain(counts_, std::ref(piece));
+  report(ctx);
+}
+
+void Lanes::apart(Context& ctx, std::span<const Piece> pieces, int64_t m, const Steps& steps) {
+  begin(ctx, 2 * steps.steps - 1);
+  const auto piece = [&](int64_t index, int thread) {
+    const Piece from = pieces[static_cast<size_t>(index)];
+    const Piece to = static_cast<size_t>(index) + 1 < pieces.size() ? pieces[static_cast<size_t>(index) + 1] : Piece{m, steps.items};
+    for (int64_t step = 0; step < steps.steps; ++step) {
+      steps.body(enter(thread, 2 * step), step, from.row, to.row - from.row);
+      if (step + 1 == steps.steps) break;
+      for (int64_t item = from.item; item < to.item; ++item) steps.mix(enter(thread, 2 * step + 1), step, item, thread);
+    }
+  };
+  ctx.pool.parallel_for(static_cast<int64_t>(pieces.size()), std::ref(piece));
+  report(ctx);
 }
 
 }  // namespace lacuna

@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "kernels/context.h"
@@ -14,14 +15,33 @@ namespace lacuna {
 // op, with the time that the threads spent in it divided by their number; every piece must run the same ops.
 class Lanes {
  public:
+  using Rows = std::function<void(Context& lane, int64_t first, int64_t rows)>;
   // body(lane, first, rows) for pieces of [0, m).
-  void rows(Context& ctx, int64_t m, const std::function<void(Context& lane, int64_t first, int64_t rows)>& body);
+  void rows(Context& ctx, int64_t m, const Rows& body);
+
+  // Rows [0, m) through `steps` steps, and through a mixing of rows between any two: body(lane, step, first, rows), and
+  // mix(lane, step, item, thread) for every item after a step, once all rows that it mixes are there.
+  struct Steps {
+    int64_t steps = 0;
+    std::function<void(Context& lane, int64_t step, int64_t first, int64_t rows)> body;
+    int64_t items = 0;
+    std::function<void(Context& lane, int64_t step, int64_t item, int thread)> mix;
+  };
+  // Threads meet before and after every mixing.
+  void chain(Context& ctx, int64_t m, const Steps& steps);
+  // Rows [row, next.row) are mixed by the items [item, next.item) only. A piece goes through all steps on its thread.
+  struct Piece {
+    int64_t row = 0, item = 0;
+  };
+  void apart(Context& ctx, std::span<const Piece> pieces, int64_t m, const Steps& steps);
 
  private:
   struct Lane;
-  // body(lane, index) for every index below count.
-  void pieces(Context& ctx, int64_t count, const std::function<void(Context& lane, int64_t index)>& body);
+  void begin(Context& ctx, int64_t phases);
+  Context& enter(int thread, int64_t phase);
+  void report(Context& ctx);
   std::vector<std::shared_ptr<Lane>> lanes_;  // one a thread
+  std::vector<int64_t> counts_;
 };
 
 }  // namespace lacuna

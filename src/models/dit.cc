@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 
 #include "kernels/elementwise.h"
 
@@ -33,8 +32,8 @@ void sinusoid(float t, float* out) {
 
 Dit::Dit(const ColaDitConfig& config, WeightBinder& weights)
     : config_(config),
-      attention_(rope_of(10000), LatentAttention::Pairs::kNeighbours, config.rope_dim, config.heads, config.head_dim,
-                 config.block) {
+      attention_(rope_of(10000), LatentAttention::Pairs::kNeighbours, config.rope_dim, config.layers, config.heads,
+                 config.head_dim, config.block) {
   const int64_t d = config.dim, inner = attention_.width();
   in_ = weights.linear("txt_in.proj", d, config.channels, true);
   time_in_ = weights.linear("emb_in.proj_in", d, kSinusoid, true);
@@ -93,7 +92,6 @@ void Dit::modulate(Context& ctx, std::span<const float> t, float* values, float*
 void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const TimestepTable& table,
                   const int32_t* timestep, const float* x, float* v, const ColaShow& show) {
   const int64_t m = chunk.rows, d = config_.dim, inner = attention_.width();
-  attention_.begin(ctx, chunk, layout);
   float* hidden = ctx.activation(ActivationSlot::kHidden, static_cast<size_t>(m * d));
   float* normed = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(m * d));
   float* qkv = ctx.activation(ActivationSlot::kQuery, static_cast<size_t>(m * 3 * inner));
@@ -103,13 +101,6 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
   const LayerNorm plain{nullptr, nullptr, config_.norm_eps};
   const auto layers = static_cast<int>(layers_.size());
 
-  // Between two attentions rows go their own way. With packed weights they go it a few at a time, on one thread.
-  const auto rows = [&](const std::function<void(Context&, int64_t first, int64_t n)>& body) {
-    if (panels_ && !show)
-      lanes_.rows(ctx, m, body);
-    else
-      body(ctx, 0, m);
-  };
   const auto at = [&](int layer, int64_t part, int64_t first) {
     return RowTable{table.layer(layer) + part * d, 6 * d, timestep + first};
   };
@@ -126,7 +117,7 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
       show("dit", "q_norm", layer, q, inner, 3 * inner);
       show("dit", "k_norm", layer, k, inner, 3 * inner);
     }
-    attention_.append(c, first, n, q, v || layer + 1 < layers);
+    attention_.append(c, layer, first, n, q, v || layer + 1 < layers);
   };
   const auto leave = [&](Context& c, int layer, int64_t first, int64_t n) {
     const Layer& l = layers_[static_cast<size_t>(layer)];
@@ -146,37 +137,29 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
     if (show) show("dit", "hidden", layer, h, d, d);
   };
 
-  // The ends too: pack() sees to it that a product's body does not depend on how many rows a thread has.
   const auto begin = [&](Context& c, int64_t first, int64_t n) {
-    linear(c, in_, x + first * config_.channels, n, hidden + first * d);
+    float* h = hidden + first * d;
+    linear(c, in_, x + first * config_.channels, n, h);
+    if (show) show("dit", "hidden", -1, h, d, d);
   };
   const auto end = [&](Context& c, int64_t first, int64_t n) {
     c.layer = -1;
     adaptive_norm(c, final_norm_, hidden + first * d, n, d, {table.final(), 2 * d, timestep + first}, normed + first * d);
     linear(c, out_, normed + first * d, n, v + first * config_.channels);
   };
-  const bool ends = panels_ && !show;
-  if (!ends) begin(ctx, 0, m);
-  if (show) show("dit", "hidden", -1, hidden, d, d);
-  attention_.enter(0, chunk);
-  rows([&](Context& c, int64_t first, int64_t n) {
-    if (ends) begin(c, first, n);
-    enter(c, 0, first, n);
-  });
-  for (int layer = 0; layer < layers; ++layer) {
-    const bool last = layer + 1 == layers;
-    ctx.layer = layer;
-    attention_.attend(ctx, chunk, qkv, last && !v ? nullptr : mixed);
-    if (last && !v) break;
-    if (!last) attention_.enter(layer + 1, chunk);
-    rows([&](Context& c, int64_t first, int64_t n) {
-      leave(c, layer, first, n);
-      if (!last) enter(c, layer + 1, first, n);
-      if (last && ends) end(c, first, n);
-    });
-  }
   ctx.layer = -1;
-  if (v && !ends) end(ctx, 0, m);
+  // Between two attentions rows go their own way. With packed weights they go it a few at a time, on one thread;
+  // pack() sees to it that a product's body does not depend on how many.
+  attention_.run(
+      ctx, chunk, layout, v ? layers + 1 : layers,
+      [&](Context& c, int step, int64_t first, int64_t n) {
+        if (step == 0) begin(c, first, n);
+        if (step > 0) leave(c, step - 1, first, n);
+        if (step < layers) enter(c, step, first, n);
+        if (step == layers) end(c, first, n);
+      },
+      qkv, mixed, panels_ && !show ? &lanes_ : nullptr);
+  ctx.layer = -1;
 }
 
 void Dit::pack(Context& ctx) {

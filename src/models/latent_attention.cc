@@ -50,16 +50,18 @@ AppendGuard::~AppendGuard() {
       }
 }
 
-LatentAttention::LatentAttention(const RopeConfig& rope, Pairs pairs, int rope_dim, int heads, int head_dim,
-                                 int64_t block)
+LatentAttention::LatentAttention(const RopeConfig& rope, Pairs pairs, int rope_dim, int layers, int heads,
+                                 int head_dim, int64_t block)
     : rope_(rope, rope_dim, std::numeric_limits<int32_t>::max()),
       pairs_(pairs),
       rope_dim_(rope_dim),
+      layers_(layers),
       heads_(heads),
       head_dim_(head_dim),
       block_(block) {}
 
-void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout) {
+void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const float* qkv,
+                            float* mixed) {
   const int64_t half = rope_dim_ / 2;
   float* cos = ctx.activation(ActivationSlot::kCos, static_cast<size_t>(chunk.rows * half));
   float* sin = ctx.activation(ActivationSlot::kSin, static_cast<size_t>(chunk.rows * half));
@@ -75,37 +77,44 @@ void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayo
   const auto pages_of = [this](const LatentPart& p) {
     return p.kv ? 0 : (p.rows + layout_.page_slots - 1) / layout_.page_slots;
   };
-  int64_t pages = 0, views = 0;
-  for (const LatentPart& p : chunk.parts) {
-    pages += pages_of(p) * heads_;
-    views += p.kv ? 0 : heads_;
-  }
+  int64_t pages = 0;
+  for (const LatentPart& p : chunk.parts) pages += pages_of(p) * heads_;
   const size_t bytes = layout_.page_bytes();
   pages_.ensure(ctx.memory, MemoryTag::kScratch, static_cast<size_t>(pages) * bytes);
   page_list_.resize(static_cast<size_t>(pages));
   for (size_t i = 0; i < page_list_.size(); ++i) page_list_[i] = pages_.as<std::byte>() + i * bytes;
-  views_.resize(static_cast<size_t>(views));
-  std::byte* const* next = page_list_.data();
-  size_t view = 0;
-  for (const LatentPart& p : chunk.parts) {
-    if (p.kv) continue;
-    for (int h = 0; h < heads_; ++h, next += pages_of(p)) views_[view++].pages = next;
+
+  parts_ = chunk.parts.size();
+  const auto heads = static_cast<size_t>(heads_), all = static_cast<size_t>(layers_) * parts_;
+  rows_.resize(all);
+  sequences_.resize(all);
+  before_.resize(all * heads);
+  after_.resize(all * heads);
+  size_t at = 0;
+  for (int layer = 0; layer < layers_; ++layer) {
+    std::byte* const* own = page_list_.data();
+    int64_t row = 0;
+    for (const LatentPart& p : chunk.parts) {
+      KvHeadView *before = &before_[at * heads], *after = &after_[at * heads];
+      if (p.kv) p.kv->reserve(layer, p.rows);
+      for (size_t h = 0; h < heads; ++h, own += pages_of(p)) {
+        before[h] = p.kv ? p.kv->view(layer, static_cast<int>(h)) : KvHeadView{own, 0};
+        after[h] = {before[h].pages, before[h].length + p.rows};
+      }
+      rows_[at] = {before, p.rows, p.first_position};
+      AttentionSequence& s = sequences_[at];
+      s.q = qkv + row * 3 * width();
+      s.out = mixed + row * width();
+      s.tokens = p.rows;
+      s.first_position = p.first_position;
+      s.heads = after;
+      row += p.rows;
+      ++at;
+    }
   }
 }
 
-void LatentAttention::enter(int layer, const LatentChunk& chunk) {
-  layer_ = layer;
-  rows_.clear();
-  KvHeadView* own = views_.data();
-  for (const LatentPart& p : chunk.parts) {
-    if (p.kv) p.kv->reserve(layer, p.rows);
-    for (int h = 0; h < heads_ && !p.kv; ++h) own[h].length = 0;
-    rows_.push_back({p.kv ? p.kv->views(layer) : own, p.rows, p.first_position});
-    if (!p.kv) own += heads_;
-  }
-}
-
-void LatentAttention::append(Context& ctx, int64_t first, int64_t rows, float* qkv, bool queries) const {
+void LatentAttention::append(Context& ctx, int layer, int64_t first, int64_t rows, float* qkv, bool queries) const {
   const int64_t n = width(), stride = 3 * n, half = rope_dim_ / 2;
   const float *cos = cos_ + first * half, *sin = sin_ + first * half;
   // Heads of k follow those of q.
@@ -115,34 +124,38 @@ void LatentAttention::append(Context& ctx, int64_t first, int64_t rows, float* q
     rope(ctx, x, rows, heads, head_dim_, cos, sin, stride);
   else
     rope_pairs(ctx, x, rows, heads, head_dim_, rope_dim_, cos, sin, stride);
-  kv_append_rows(ctx, layout_, rows_, heads_, first, rows, qkv + n, qkv + 2 * n, stride);
+  kv_append_rows(ctx, layout_, of_layer(rows_, layer), heads_, first, rows, qkv + n, qkv + 2 * n, stride);
 }
 
-void LatentAttention::attend(Context& ctx, const LatentChunk& chunk, const float* qkv, float* mixed) {
-  const int64_t n = width(), stride = 3 * n;
-  sequences_.clear();
-  KvHeadView* own = views_.data();
-  int64_t row = 0;
-  for (const LatentPart& p : chunk.parts) {
-    if (p.kv) p.kv->extend(layer_, p.rows);
-    for (int h = 0; h < heads_ && !p.kv; ++h) own[h].length = p.rows;
-    AttentionSequence s;
-    s.q = qkv + row * stride;
-    s.out = mixed ? mixed + row * n : nullptr;
-    s.tokens = p.rows;
-    s.first_position = p.first_position;
-    s.heads = p.kv ? p.kv->views(layer_) : own;
-    if (!p.kv) own += heads_;
-    sequences_.push_back(s);
-    row += p.rows;
-  }
-  if (!mixed) return;
+void LatentAttention::run(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, int steps, const Step& step,
+                          const float* qkv, float* mixed, Lanes* lanes) {
+  begin(ctx, chunk, layout, qkv, mixed);
   AttentionShape shape;
   shape.query_heads = shape.kv_heads = heads_;
   shape.scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
-  shape.q_stride = stride;
+  shape.q_stride = 3 * width();
   shape.block = block_;
-  attention(ctx, layout_, shape, sequences_);
+  if (!lanes) {
+    for (int s = 0; s < steps; ++s) {
+      step(ctx, s, 0, chunk.rows);
+      ctx.layer = s;
+      if (s + 1 < steps) attention(ctx, layout, shape, of_layer(sequences_, s));
+    }
+  } else {
+    AttentionPlan plan(ctx, layout, shape, of_layer(sequences_, 0));
+    Lanes::Steps all;
+    all.steps = steps;
+    all.body = [&](Context& lane, int64_t s, int64_t first, int64_t rows) { step(lane, static_cast<int>(s), first, rows); };
+    all.items = plan.items();
+    all.mix = [&](Context& lane, int64_t s, int64_t item, int thread) {
+      lane.layer = static_cast<int32_t>(s);
+      plan.item(lane, of_layer(sequences_, s), item, thread);
+    };
+    lanes->chain(ctx, chunk.rows, all);
+  }
+  for (int layer = 0; layer < layers_; ++layer)
+    for (const LatentPart& p : chunk.parts)
+      if (p.kv) p.kv->extend(layer, p.rows);
 }
 
 }  // namespace lacuna

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -54,35 +55,44 @@ class LatentAttention {
  public:
   enum class Pairs : uint8_t { kHalves, kNeighbours };  // which elements RoPE turns together
   // RoPE turns the first rope_dim elements of a head (kHalves: all head_dim).
-  LatentAttention(const RopeConfig& rope, Pairs pairs, int rope_dim, int heads, int head_dim, int64_t block);
+  LatentAttention(const RopeConfig& rope, Pairs pairs, int rope_dim, int layers, int heads, int head_dim, int64_t block);
 
-  // Angles and memory for a chunk's layers. `layout` is that of all caches; rows without one are held in it as well,
-  // from layer to layer. Uses the activation slots kCos and kSin.
-  void begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout);
-  // Says which layer's rows append() is called for from now on, until attend().
-  void enter(int layer, const LatentChunk& chunk);
+  // A step of a stack of layers over some rows of a chunk: step 0 ends with append() to layer 0, step i with what makes
+  // layer i's keys and values of layer i - 1's `mixed`, and the last step needs no layer of its own.
+  using Step = std::function<void(Context& ctx, int step, int64_t first, int64_t rows)>;
+  // The chunk through `steps` steps with the attention of layer i between steps i and i + 1: mixed [rows, H * d] of
+  // qkv [rows, 3 * H * d]. `layout` is that of all caches; rows without one are held in it as well, from layer to layer.
+  // With lanes a step sees a few rows at a time, on one thread. Uses the activation slots kCos and kSin.
+  void run(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, int steps, const Step& step, const float* qkv,
+           float* mixed, Lanes* lanes);
   // Turns k, and q where it is wanted, of `rows` rows of the chunk from `first` on, and puts k and v where the layer's
-  // keys and values go; qkv [rows, 3 * H * d] is the first's. Threads may share out the rows.
-  void append(Context& ctx, int64_t first, int64_t rows, float* qkv, bool queries) const;
-  // The layer, once all rows are appended: mixed [rows, H * d] of qkv; null: nobody reads it.
-  void attend(Context& ctx, const LatentChunk& chunk, const float* qkv, float* mixed);
+  // keys and values go; qkv is the first's. Threads may share out the rows.
+  void append(Context& ctx, int layer, int64_t first, int64_t rows, float* qkv, bool queries) const;
 
   int64_t width() const { return int64_t{heads_} * head_dim_; }
 
  private:
+  void begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const float* qkv, float* mixed);
+  template <class T>
+  std::span<const T> of_layer(const std::vector<T>& all, int64_t layer) const {
+    return std::span<const T>(all).subspan(static_cast<size_t>(layer) * parts_, parts_);
+  }
+
   RopeTable rope_;
   Pairs pairs_;
-  int rope_dim_, heads_, head_dim_;
+  int rope_dim_, layers_, heads_, head_dim_;
   int64_t block_;
   const float *cos_ = nullptr, *sin_ = nullptr;  // of the chunk's rows
-  // Keys and values of parts without a cache, of one layer: pages, and a view a part and head.
+  // Keys and values of parts without a cache, of one layer.
   Buffer pages_;
   std::vector<std::byte*> page_list_;
-  std::vector<KvHeadView> views_;
   KvLayout layout_;
-  int layer_ = 0;
-  std::vector<KvRows> rows_;  // of the parts, in this layer
+  // Of the chunk's parts, layer after layer: what is appended to, what is attended to, and the heads of both.
+  size_t parts_ = 0;
+  std::vector<KvRows> rows_;
   std::vector<AttentionSequence> sequences_;
+  std::vector<KvHeadView> before_, after_;
+  std::vector<Lanes::Piece> pieces_;
 };
 
 }  // namespace lacuna

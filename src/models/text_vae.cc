@@ -1,7 +1,6 @@
 #include "models/text_vae.h"
 
 #include <algorithm>
-#include <functional>
 
 #include "kernels/elementwise.h"
 
@@ -25,8 +24,8 @@ void swap_patch(const float* from, int64_t rows, int64_t outer, int64_t inner, f
 VaeStack::VaeStack(const ColaVaeConfig& config, WeightBinder& weights, const std::string& part, int blocks)
     : config_(config),
       part_(part),
-      attention_(config.rope, LatentAttention::Pairs::kHalves, config.head_dim, config.heads, config.head_dim,
-                 config.block) {
+      attention_(config.rope, LatentAttention::Pairs::kHalves, config.head_dim, blocks, config.heads,
+                 config.head_dim, config.block) {
   const int64_t d = config.dim;
   for (int i = 0; i < blocks; ++i) {
     const std::string at = part + ".blocks." + std::to_string(i) + ".";
@@ -49,7 +48,6 @@ void VaeStack::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& l
                        const ColaShow& show) {
   const int64_t m = chunk.rows, d = config_.dim, f = config_.ffn_dim;
   const bool post = config_.post_norm;
-  attention_.begin(ctx, chunk, layout);
   if (show) show(part_.c_str(), "hidden", -1, x, d, d);
   float* normed = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(m * d));
   float* qkv = ctx.activation(ActivationSlot::kQuery, static_cast<size_t>(m * 3 * d));
@@ -58,13 +56,6 @@ void VaeStack::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& l
   float* act = ctx.activation(ActivationSlot::kUp, static_cast<size_t>(m * f / 2));
   const auto blocks = static_cast<int>(blocks_.size());
 
-  // Between two attentions, as in the DiT.
-  const auto rows = [&](const std::function<void(Context&, int64_t first, int64_t n)>& body) {
-    if (blocks_[0].qkv.panels && !show)
-      lanes_.rows(ctx, m, body);
-    else
-      body(ctx, 0, m);
-  };
   const auto enter = [&](Context& c, int layer, int64_t first, int64_t n) {
     const Block& b = blocks_[static_cast<size_t>(layer)];
     float *h = x + first * d, *norm = normed + first * d, *q = qkv + first * 3 * d, *k = q + d;
@@ -75,7 +66,7 @@ void VaeStack::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& l
       layer_norm(c, b.q_norm, q, n, d, q, LinearMode::kStore, 1, 3 * d);
       layer_norm(c, b.k_norm, k, n, d, k, LinearMode::kStore, 1, 3 * d);
     }
-    attention_.append(c, first, n, q, !to_caches || layer + 1 < blocks);
+    attention_.append(c, layer, first, n, q, !to_caches || layer + 1 < blocks);
   };
   const auto leave = [&](Context& c, int layer, int64_t first, int64_t n) {
     const Block& b = blocks_[static_cast<size_t>(layer)];
@@ -97,19 +88,14 @@ void VaeStack::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& l
     if (show) show(part_.c_str(), "hidden", layer, h, d, d);
   };
 
-  attention_.enter(0, chunk);
-  rows([&](Context& c, int64_t first, int64_t n) { enter(c, 0, first, n); });
-  for (int layer = 0; layer < blocks; ++layer) {
-    const bool last = layer + 1 == blocks;
-    ctx.layer = layer;
-    attention_.attend(ctx, chunk, qkv, to_caches && last ? nullptr : mixed);
-    if (to_caches && last) break;
-    if (!last) attention_.enter(layer + 1, chunk);
-    rows([&](Context& c, int64_t first, int64_t n) {
-      leave(c, layer, first, n);
-      if (!last) enter(c, layer + 1, first, n);
-    });
-  }
+  // Rows go their own way between two attentions, as in the DiT.
+  attention_.run(
+      ctx, chunk, layout, to_caches ? blocks : blocks + 1,
+      [&](Context& c, int step, int64_t first, int64_t n) {
+        if (step > 0) leave(c, step - 1, first, n);
+        if (step < blocks) enter(c, step, first, n);
+      },
+      qkv, mixed, blocks_[0].qkv.panels && !show ? &lanes_ : nullptr);
   ctx.layer = -1;
 }
 

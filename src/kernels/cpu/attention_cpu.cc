@@ -29,12 +29,6 @@ constexpr int64_t kLeastHalves = 64;
 // Elements of a piece of merge_attention: a few microseconds.
 constexpr int64_t kMergeElements = 16384;
 
-// Chunks of one head to be put together: items [first, first + chunks).
-struct Merge {
-  int64_t first, chunks;
-  int64_t left;  // items that are not done
-};
-
 int64_t blocked_workspace(const AttentionJob& job, const AttentionItem& item) {
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), element = job.tile.element;
   return 14 * 64 + rows * (job.ld * (element + 4) + 8) + 3 * kKeyTile * job.ld * element + kRowBlock * kKeyTile * 8 +
@@ -103,7 +97,7 @@ void blocked_item(Context& ctx, const AttentionJob& job, AttentionItem& item, in
 }
 
 // Puts the chunks of one head together by their log-sum-exp, in the order of their slots.
-void merge_chunks(const AttentionJob& job, const Merge& merge) {
+void merge_chunks(const AttentionJob& job, const AttentionMerge& merge) {
   const AttentionItem& item = job.items[merge.first];
   const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
   const int64_t rows = job.rows(item), ld = job.ld, d = job.d();
@@ -150,7 +144,7 @@ struct Plan {
   int64_t items = 0, merges = 0, partials = 0;
   int64_t workspace = 0;  // the most that any item takes
 };
-Plan plan(const AttentionJob& job, AttentionItem* items, Merge* merges) {
+Plan plan(const AttentionJob& job, AttentionItem* items, AttentionMerge* merges) {
   Plan n;
   const auto add = [&](const AttentionItem& item) {
     if (items) items[n.items] = item;
@@ -245,57 +239,76 @@ int64_t first_visible(const KvLayout& layout, const KvHeadView& head, int64_t fr
   return lo;
 }
 
-void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
-               std::span<const AttentionSequence> seqs, AttentionCounts& counts) {
+AttentionRun::AttentionRun(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
+                           std::span<const AttentionSequence> seqs)
+    : ctx_(&ctx) {
   const AttentionOps& ops = attention_ops(cpu_isa());
   const TileOps& tile = ctx.activations == ActivationType::kBF16 && ops.bf16 ? *ops.bf16 : ops.f32;
   const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
   const bool lanes = ctx.activations == ActivationType::kBF16 && layout.dtype == DType::kBF16 &&
                      (layout.head_dim == 32 || layout.head_dim == 64 || layout.head_dim == 128);
-  AttentionJob job{layout,
-                   PageMap(layout),
-                   shape,
-                   seqs,
-                   ops,
-                   tile,
-                   ctx.activations == ActivationType::kBF16 ? ops.narrow : nullptr,
-                   lanes ? ops.lanes : nullptr,
-                   shape.query_heads / shape.kv_heads,
-                   round_up(layout.head_dim, kPad),
-                   shape.q_stride ? shape.q_stride : row,
-                   shape.out_stride ? shape.out_stride : row,
-                   shape.scale * kLog2e};
+  job_ = std::make_unique<AttentionJob>(AttentionJob{layout,
+                                                     PageMap(layout),
+                                                     shape,
+                                                     seqs,
+                                                     ops,
+                                                     tile,
+                                                     ctx.activations == ActivationType::kBF16 ? ops.narrow : nullptr,
+                                                     lanes ? ops.lanes : nullptr,
+                                                     shape.query_heads / shape.kv_heads,
+                                                     round_up(layout.head_dim, kPad),
+                                                     shape.q_stride ? shape.q_stride : row,
+                                                     shape.out_stride ? shape.out_stride : row,
+                                                     shape.scale * kLog2e});
+  AttentionJob& job = *job_;
   const auto stretch_bytes = static_cast<int64_t>(job.pages.row_bytes * job.pages.slots);
   job.fetch_steps = (kFetchAhead + stretch_bytes - 1) / stretch_bytes;
   const Plan size = plan(job, nullptr, nullptr);
   Carver carve(ctx.workspace<std::byte>(
       ctx.shared_slot(), static_cast<size_t>(192 + size.items * static_cast<int64_t>(sizeof(AttentionItem)) +
-                                             size.merges * static_cast<int64_t>(sizeof(Merge)) + size.partials * 4)));
+                                             size.merges * static_cast<int64_t>(sizeof(AttentionMerge)) +
+                                             size.partials * 4)));
   job.items = carve.take<AttentionItem>(size.items);
   job.items_end = job.items + size.items;
-  auto* merges = carve.take<Merge>(size.merges);
+  job.merges = carve.take<AttentionMerge>(size.merges);
   job.partials = carve.take<float>(size.partials);
-  plan(job, job.items, merges);
+  plan(job, job.items, job.merges);
 
   // All at once: whichever thread takes an item, memory is the same from call to call.
   for (int t = 0; t < ctx.pool.size(); ++t) ctx.workspace<std::byte>(t, static_cast<size_t>(size.workspace));
+}
 
-  const auto run = [&](int64_t index, int thread) {
-    AttentionItem& item = job.items[index];
-    if (job.lanes(item))
-      lane_item(ctx, job, item, thread);
-    else if (job.streams(item))
-      streaming_item(ctx, job, item, thread);
-    else
-      blocked_item(ctx, job, item, thread);
-    // Who is done last puts the chunks together.
-    if (item.merge >= 0 && std::atomic_ref(merges[item.merge].left).fetch_sub(1, std::memory_order_acq_rel) == 1)
-      merge_chunks(job, merges[item.merge]);
-  };
-  ctx.pool.parallel_runs(size.items, std::ref(run));
-  int64_t pairs = 0;
-  for (int64_t i = 0; i < size.items; ++i) pairs += job.items[i].pairs;
-  counts.pairs += pairs;
+AttentionRun::~AttentionRun() = default;
+
+int64_t AttentionRun::items() const { return job_->items_end - job_->items; }
+
+int64_t AttentionRun::first_item(int64_t sequence) const {
+  const AttentionItem* items = job_->items;
+  return std::lower_bound(items, job_->items_end, sequence,
+                          [](const AttentionItem& item, int64_t s) { return item.sequence < s; }) -
+         items;
+}
+
+int64_t AttentionRun::item(std::span<const AttentionSequence> seqs, int64_t index, int thread) {
+  AttentionJob job = *job_;
+  job.sequences = seqs;
+  AttentionItem& item = job.items[index];
+  if (job.lanes(item))
+    lane_item(*ctx_, job, item, thread);
+  else if (job.streams(item))
+    streaming_item(*ctx_, job, item, thread);
+  else
+    blocked_item(*ctx_, job, item, thread);
+  const int64_t pairs = item.pairs;
+  // Who is done last puts the chunks together, and leaves the count for the next layer's.
+  if (item.merge >= 0) {
+    AttentionMerge& merge = job.merges[item.merge];
+    if (std::atomic_ref(merge.left).fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      merge_chunks(job, merge);
+      std::atomic_ref(merge.left).store(merge.chunks, std::memory_order_relaxed);
+    }
+  }
+  return pairs;
 }
 
 void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 
 #include "kernels/attention.h"
 #include "kernels/cpu/attention_ops.h"
@@ -61,8 +62,25 @@ struct AttentionCounts {
   std::atomic<int64_t> pairs{0};  // query rows x visible slots
 };
 
-void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
-               std::span<const AttentionSequence> seqs, AttentionCounts& counts);
+struct AttentionJob;
+
+// A call of attention() in items, which threads take in any order. Holds workspaces of the context: nothing else may use
+// them while items run. How sequences are cut depends on each alone, never on the threads or the other sequences.
+class AttentionRun {
+ public:
+  AttentionRun(Context& ctx, const KvLayout& layout, const AttentionShape& shape, std::span<const AttentionSequence> seqs);
+  ~AttentionRun();
+  int64_t items() const;
+  int64_t first_item(int64_t sequence) const;  // items are in the order of sequences
+  // Item `index` on pool thread `thread`, of sequences like those of the constructor: other tensors and pages, the same
+  // sizes. Query rows x visible slots.
+  int64_t item(std::span<const AttentionSequence> seqs, int64_t index, int thread);
+
+ private:
+  Context* ctx_;
+  std::unique_ptr<AttentionJob> job_;
+};
+
 void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,
                      const float* other_lse, float* share);
 void window_attention(Context& ctx, const KvLayout& layout, const KvHeadView& head, const float* q, int64_t w, int r,

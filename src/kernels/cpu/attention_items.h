@@ -25,10 +25,16 @@ struct AttentionItem {
   int64_t pairs;    // query rows x visible slots, once it is done
 };
 
+// Chunks of one head to be put together: items [first, first + chunks).
+struct AttentionMerge {
+  int64_t first, chunks;
+  int64_t left;  // items that are not done
+};
+
 struct AttentionJob {
-  const KvLayout& layout;
+  KvLayout layout;
   PageMap pages;
-  const AttentionShape& shape;
+  AttentionShape shape;
   std::span<const AttentionSequence> sequences;
   const AttentionOps& ops;
   const TileOps& tile;
@@ -40,6 +46,7 @@ struct AttentionJob {
   float scale;  // log2(e) included
   AttentionItem* items = nullptr;
   const AttentionItem* items_end = nullptr;
+  AttentionMerge* merges = nullptr;
   float* partials = nullptr;
   int64_t fetch_steps = 0;  // stretches from the one in use to the one that is asked for
 
