@@ -144,24 +144,28 @@ void kv_append(Context& ctx, const KvLayout& layout, const KvHeadView* heads, in
   kv_append_rows(ctx, layout, {&all, 1}, kv_heads, 0, tokens, k, v, stride);
 }
 
+void check_appended(const char* op, const KvLayout& layout, std::span<const KvRows> sequences, int kv_heads, int64_t first,
+                    int64_t rows, const float* k, const float* v) {
+  check_layout(op, layout);
+  if (kv_heads < 1) throw BadInput("{}: {} KV heads; expected 1 or more", op, kv_heads);
+  int64_t all = 0;
+  for (const KvRows& s : sequences) {
+    check_positions(op, s.first_position, s.tokens);
+    all += s.tokens;
+    if (s.tokens == 0) continue;
+    if (!s.heads || !k || !v) throw BadInput("{}: {} tokens without heads, k or v", op, s.tokens);
+    for (int g = 0; g < kv_heads; ++g)
+      if (!s.heads[g].pages) throw BadInput("{}: KV head {} has no pages for {} new tokens", op, g, s.tokens);
+  }
+  if (first < 0 || rows < 0 || first > all - rows) throw BadInput("{}: rows {} to {} of {}", op, first, first + rows, all);
+}
+
 void kv_append_rows(Context& ctx, const KvLayout& layout, std::span<const KvRows> sequences, int kv_heads, int64_t first,
                     int64_t tokens, const float* k, const float* v, int64_t stride) {
   constexpr const char* kOp = "kv_append";
-  check_layout(kOp, layout);
-  if (kv_heads < 1) throw BadInput("{}: {} KV heads; expected 1 or more", kOp, kv_heads);
+  check_appended(kOp, layout, sequences, kv_heads, first, tokens, k, v);
   const int64_t row = static_cast<int64_t>(kv_heads) * layout.head_dim;
   stride = check_stride(kOp, "stride", stride, row);
-  int64_t all = 0;
-  for (const KvRows& s : sequences) {
-    check_positions(kOp, s.first_position, s.tokens);
-    all += s.tokens;
-    if (s.tokens == 0) continue;
-    if (!s.heads || !k || !v) throw BadInput("{}: {} tokens without heads, k or v", kOp, s.tokens);
-    for (int g = 0; g < kv_heads; ++g)
-      if (!s.heads[g].pages) throw BadInput("{}: KV head {} has no pages for {} new tokens", kOp, g, s.tokens);
-  }
-  if (first < 0 || tokens < 0 || first > all - tokens)
-    throw BadInput("{}: rows {} to {} of {}", kOp, first, first + tokens, all);
   if (tokens == 0) return;
 
   OpScope scope(ctx, OpKind::kKvAppend);

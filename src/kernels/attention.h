@@ -110,6 +110,9 @@ struct KvRows {
   const KvHeadView* heads = nullptr;  // as in kv_append
   int64_t tokens = 0, first_position = 0;
 };
+// Throws if rows [first, first + rows) of all sequences' rows are not there, or there is no place for them.
+void check_appended(const char* op, const KvLayout& layout, std::span<const KvRows> sequences, int kv_heads, int64_t first,
+                    int64_t rows, const float* k, const float* v);
 // kv_append for rows [first, first + rows) of all sequences' rows, so that threads may share them out. k and v are
 // row `first`'s.
 void kv_append_rows(Context& ctx, const KvLayout& layout, std::span<const KvRows> sequences, int kv_heads, int64_t first,

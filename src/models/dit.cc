@@ -111,13 +111,13 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
     adaptive_norm(c, plain, h, n, d, at(layer, 0, first), norm);
     if (show) show("dit", "msa_in", layer, norm, d, d);
     linear(c, l.qkv, norm, n, q);
+    const bool queries = v || layer + 1 < layers;
+    if (!show) return attention_.append(c, layer, first, n, q, queries, l.q_norm, l.k_norm);
     layer_norm(c, l.q_norm, q, n, config_.head_dim, q, LinearMode::kStore, config_.heads, 3 * inner);
     layer_norm(c, l.k_norm, k, n, config_.head_dim, k, LinearMode::kStore, config_.heads, 3 * inner);
-    if (show) {
-      show("dit", "q_norm", layer, q, inner, 3 * inner);
-      show("dit", "k_norm", layer, k, inner, 3 * inner);
-    }
-    attention_.append(c, layer, first, n, q, v || layer + 1 < layers);
+    show("dit", "q_norm", layer, q, inner, 3 * inner);
+    show("dit", "k_norm", layer, k, inner, 3 * inner);
+    attention_.append(c, layer, first, n, q, queries);
   };
   const auto leave = [&](Context& c, int layer, int64_t first, int64_t n) {
     const Layer& l = layers_[static_cast<size_t>(layer)];

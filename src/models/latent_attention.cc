@@ -5,8 +5,16 @@
 #include <limits>
 
 #include "kernels/elementwise.h"
+#include "kernels/latent_heads.h"
 
 namespace lacuna {
+namespace {
+
+constexpr int64_t kLeastPiece = 16, kMostPiece = 64;
+// Threads that go apart may end 1 / kApart later than they would if the work were shared out evenly.
+constexpr int64_t kApart = 12;
+
+}  // namespace
 
 std::vector<LatentChunk> cut_into_chunks(std::span<const LatentPart> parts, int64_t block, int64_t most) {
   std::vector<LatentChunk> chunks(1);
@@ -114,6 +122,33 @@ void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayo
   }
 }
 
+// Whole parts in pieces that can do without each other, if so the threads end about together.
+bool LatentAttention::divide(const LatentChunk& chunk, const AttentionPlan& plan, int64_t threads) {
+  // A thread's rows at a time: no more than stay in its L2, and no fewer than its share.
+  const int64_t most = std::clamp((chunk.rows + threads - 1) / threads, kLeastPiece, kMostPiece);
+  // A key costs a row of a head as much as so many of its weights, twice: attention runs at half the products' pace.
+  const int64_t row_cost = row_weights_ / (4 * width());
+  std::vector<int64_t> busy(static_cast<size_t>(threads));  // who is free takes the next
+  pieces_.clear();
+  int64_t row = 0, rows = 0, cost = 0, total = 0;
+  const auto close = [&] {
+    *std::min_element(busy.begin(), busy.end()) += cost;
+    total += cost;
+    rows = cost = 0;
+  };
+  for (size_t i = 0; i < chunk.parts.size(); ++i) {
+    const LatentPart& p = chunk.parts[i];
+    if (rows > 0 && rows + p.rows > most) close();
+    if (rows == 0) pieces_.push_back({row, plan.first_item(static_cast<int64_t>(i))});
+    row += p.rows;
+    rows += p.rows;
+    cost += p.rows * (row_cost + (p.kv ? p.first_position : 0) + p.rows);
+  }
+  close();
+  const int64_t last = *std::max_element(busy.begin(), busy.end());
+  return last * threads * kApart <= total * (kApart + 1);
+}
+
 void LatentAttention::append(Context& ctx, int layer, int64_t first, int64_t rows, float* qkv, bool queries) const {
   const int64_t n = width(), stride = 3 * n, half = rope_dim_ / 2;
   const float *cos = cos_ + first * half, *sin = sin_ + first * half;
@@ -125,6 +160,14 @@ void LatentAttention::append(Context& ctx, int layer, int64_t first, int64_t row
   else
     rope_pairs(ctx, x, rows, heads, head_dim_, rope_dim_, cos, sin, stride);
   kv_append_rows(ctx, layout_, of_layer(rows_, layer), heads_, first, rows, qkv + n, qkv + 2 * n, stride);
+}
+
+void LatentAttention::append(Context& ctx, int layer, int64_t first, int64_t rows, float* qkv, bool queries,
+                             const LayerNorm& q_norm, const LayerNorm& k_norm) const {
+  LACUNA_CHECK(pairs_ == Pairs::kNeighbours);
+  const int64_t half = rope_dim_ / 2;
+  const HeadPreparation how{q_norm, k_norm, rope_dim_, cos_ + first * half, sin_ + first * half};
+  prepare_heads(ctx, layout_, how, of_layer(rows_, layer), heads_, first, rows, qkv, 3 * width(), queries);
 }
 
 void LatentAttention::run(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, int steps, const Step& step,
@@ -151,7 +194,10 @@ void LatentAttention::run(Context& ctx, const LatentChunk& chunk, const KvLayout
       lane.layer = static_cast<int32_t>(s);
       plan.item(lane, of_layer(sequences_, s), item, thread);
     };
-    lanes->chain(ctx, chunk.rows, all);
+    if (divide(chunk, plan, ctx.pool.size()))
+      lanes->apart(ctx, pieces_, chunk.rows, all);
+    else
+      lanes->chain(ctx, chunk.rows, all);
   }
   for (int layer = 0; layer < layers_; ++layer)
     for (const LatentPart& p : chunk.parts)

@@ -6,6 +6,7 @@
 
 #include "cache/kv_cache.h"
 #include "kernels/lanes.h"
+#include "kernels/layer_norm.h"
 #include "models/rope_table.h"
 
 namespace lacuna {
@@ -68,11 +69,15 @@ class LatentAttention {
   // Turns k, and q where it is wanted, of `rows` rows of the chunk from `first` on, and puts k and v where the layer's
   // keys and values go; qkv is the first's. Threads may share out the rows.
   void append(Context& ctx, int layer, int64_t first, int64_t rows, float* qkv, bool queries) const;
+  // The same after the norms of each head of q and k, of which k's stay where they are.
+  void append(Context& ctx, int layer, int64_t first, int64_t rows, float* qkv, bool queries, const LayerNorm& q_norm,
+              const LayerNorm& k_norm) const;
 
   int64_t width() const { return int64_t{heads_} * head_dim_; }
 
  private:
   void begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const float* qkv, float* mixed);
+  bool divide(const LatentChunk& chunk, const AttentionPlan& plan, int64_t threads);
   template <class T>
   std::span<const T> of_layer(const std::vector<T>& all, int64_t layer) const {
     return std::span<const T>(all).subspan(static_cast<size_t>(layer) * parts_, parts_);
@@ -81,6 +86,7 @@ class LatentAttention {
   RopeTable rope_;
   Pairs pairs_;
   int rope_dim_, layers_, heads_, head_dim_;
+  int64_t row_weights_ = 8 * 192 * 192;  // of a layer
   int64_t block_;
   const float *cos_ = nullptr, *sin_ = nullptr;  // of the chunk's rows
   // Keys and values of parts without a cache, of one layer.

@@ -247,27 +247,19 @@ AttentionRun::AttentionRun(Context& ctx, const KvLayout& layout, const Attention
   const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
   const bool lanes = ctx.activations == ActivationType::kBF16 && layout.dtype == DType::kBF16 &&
                      (layout.head_dim == 32 || layout.head_dim == 64 || layout.head_dim == 128);
-  job_ = std::make_unique<AttentionJob>(AttentionJob{layout,
-                                                     PageMap(layout),
-                                                     shape,
-                                                     seqs,
-                                                     ops,
-                                                     tile,
-                                                     ctx.activations == ActivationType::kBF16 ? ops.narrow : nullptr,
-                                                     lanes ? ops.lanes : nullptr,
-                                                     shape.query_heads / shape.kv_heads,
-                                                     round_up(layout.head_dim, kPad),
-                                                     shape.q_stride ? shape.q_stride : row,
-                                                     shape.out_stride ? shape.out_stride : row,
-                                                     shape.scale * kLog2e});
-  AttentionJob& job = *job_;
+  jobs_.reserve(static_cast<size_t>(ctx.pool.size()));
+  jobs_.push_back(
+      {layout, PageMap(layout), shape, seqs, ops, tile, ctx.activations == ActivationType::kBF16 ? ops.narrow : nullptr,
+       lanes ? ops.lanes : nullptr, shape.query_heads / shape.kv_heads, round_up(layout.head_dim, kPad),
+       shape.q_stride ? shape.q_stride : row, shape.out_stride ? shape.out_stride : row, shape.scale * kLog2e});
+  AttentionJob& job = jobs_[0];
   const auto stretch_bytes = static_cast<int64_t>(job.pages.row_bytes * job.pages.slots);
   job.fetch_steps = (kFetchAhead + stretch_bytes - 1) / stretch_bytes;
   const Plan size = plan(job, nullptr, nullptr);
   Carver carve(ctx.workspace<std::byte>(
-      ctx.shared_slot(), static_cast<size_t>(192 + size.items * static_cast<int64_t>(sizeof(AttentionItem)) +
-                                             size.merges * static_cast<int64_t>(sizeof(AttentionMerge)) +
-                                             size.partials * 4)));
+      ctx.shared_slot(),
+      static_cast<size_t>(192 + size.items * static_cast<int64_t>(sizeof(AttentionItem)) +
+                          size.merges * static_cast<int64_t>(sizeof(AttentionMerge)) + size.partials * 4)));
   job.items = carve.take<AttentionItem>(size.items);
   job.items_end = job.items + size.items;
   job.merges = carve.take<AttentionMerge>(size.merges);
@@ -276,21 +268,22 @@ AttentionRun::AttentionRun(Context& ctx, const KvLayout& layout, const Attention
 
   // All at once: whichever thread takes an item, memory is the same from call to call.
   for (int t = 0; t < ctx.pool.size(); ++t) ctx.workspace<std::byte>(t, static_cast<size_t>(size.workspace));
+  while (jobs_.size() < static_cast<size_t>(ctx.pool.size())) jobs_.push_back(job);
 }
 
 AttentionRun::~AttentionRun() = default;
 
-int64_t AttentionRun::items() const { return job_->items_end - job_->items; }
+int64_t AttentionRun::items() const { return jobs_[0].items_end - jobs_[0].items; }
 
 int64_t AttentionRun::first_item(int64_t sequence) const {
-  const AttentionItem* items = job_->items;
-  return std::lower_bound(items, job_->items_end, sequence,
+  const AttentionItem* items = jobs_[0].items;
+  return std::lower_bound(items, jobs_[0].items_end, sequence,
                           [](const AttentionItem& item, int64_t s) { return item.sequence < s; }) -
          items;
 }
 
 int64_t AttentionRun::item(std::span<const AttentionSequence> seqs, int64_t index, int thread) {
-  AttentionJob job = *job_;
+  AttentionJob& job = jobs_[static_cast<size_t>(thread)];
   job.sequences = seqs;
   AttentionItem& item = job.items[index];
   if (job.lanes(item))

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <memory>
+#include <vector>
 
 #include "kernels/attention.h"
 #include "kernels/cpu/attention_ops.h"
@@ -62,7 +63,7 @@ struct AttentionCounts {
   std::atomic<int64_t> pairs{0};  // query rows x visible slots
 };
 
-struct AttentionJob;
+struct alignas(64) AttentionJob;
 
 // A call of attention() in items, which threads take in any order. Holds workspaces of the context: nothing else may use
 // them while items run. How sequences are cut depends on each alone, never on the threads or the other sequences.
@@ -78,7 +79,7 @@ class AttentionRun {
 
  private:
   Context* ctx_;
-  std::unique_ptr<AttentionJob> job_;
+  std::vector<AttentionJob> jobs_;  // one a thread: they differ in the sequences of the layer that each is at
 };
 
 void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,
