@@ -149,6 +149,18 @@ bool LatentAttention::divide(const LatentChunk& chunk, const AttentionPlan& plan
   return last * threads * kApart <= total * (kApart + 1);
 }
 
+// Items to the threads' runs of a chain like cards, since the longest come first.
+void LatentAttention::deal(int64_t items, int64_t threads) {
+  dealt_.resize(static_cast<size_t>(items));
+  std::vector<int64_t> next(static_cast<size_t>(threads));
+  for (int64_t r = 0; r < threads; ++r) next[static_cast<size_t>(r)] = items * r / threads;
+  int64_t r = threads - 1;
+  for (int64_t item = 0; item < items; ++item, r = (r + threads - 1) % threads) {
+    while (next[static_cast<size_t>(r)] == items * (r + 1) / threads) r = (r + threads - 1) % threads;
+    dealt_[static_cast<size_t>(next[static_cast<size_t>(r)]++)] = item;
+  }
+}
+
 void LatentAttention::append(Context& ctx, int layer, int64_t first, int64_t rows, float* qkv, bool queries) const {
   const int64_t n = width(), stride = 3 * n, half = rope_dim_ / 2;
   const float *cos = cos_ + first * half, *sin = sin_ + first * half;
@@ -194,10 +206,16 @@ void LatentAttention::run(Context& ctx, const LatentChunk& chunk, const KvLayout
       lane.layer = static_cast<int32_t>(s);
       plan.item(lane, of_layer(sequences_, s), item, thread);
     };
-    if (divide(chunk, plan, ctx.pool.size()))
+    if (divide(chunk, plan, ctx.pool.size())) {
       lanes->apart(ctx, pieces_, chunk.rows, all);
-    else
+    } else {
+      deal(plan.items(), ctx.pool.size());
+      all.mix = [&](Context& lane, int64_t s, int64_t item, int thread) {
+        lane.layer = static_cast<int32_t>(s);
+        plan.item(lane, of_layer(sequences_, s), dealt_[static_cast<size_t>(item)], thread);
+      };
       lanes->chain(ctx, chunk.rows, all);
+    }
   }
   for (int layer = 0; layer < layers_; ++layer)
     for (const LatentPart& p : chunk.parts)

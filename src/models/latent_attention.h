@@ -77,6 +77,7 @@ class LatentAttention {
 
  private:
   void begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const float* qkv, float* mixed);
+  void deal(int64_t items, int64_t threads);
   bool divide(const LatentChunk& chunk, const AttentionPlan& plan, int64_t threads);
   template <class T>
   std::span<const T> of_layer(const std::vector<T>& all, int64_t layer) const {
@@ -99,6 +100,7 @@ class LatentAttention {
   std::vector<AttentionSequence> sequences_;
   std::vector<KvHeadView> before_, after_;
   std::vector<Lanes::Piece> pieces_;
+  std::vector<int64_t> dealt_;
 };
 
 }  // namespace lacuna
