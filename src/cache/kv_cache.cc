@@ -86,10 +86,11 @@ void KvCache::keep(Context& ctx, int layer, int head, std::span<const int32_t> s
   truncate(layer, head, static_cast<int64_t>(slots.size()));
 }
 
-void KvCache::truncate(int layer, int head, int64_t length) {
+void KvCache::truncate(int layer, int head, int64_t length, bool keep_pages) {
   KvHeadView& v = views_[static_cast<size_t>(layer)][static_cast<size_t>(head)];
   LACUNA_CHECK(length >= 0 && length <= v.length);
   v.length = length;
+  if (keep_pages) return;
   const int page_slots = layout(layer).page_slots;
   free_pages(layer, head, static_cast<size_t>((length + page_slots - 1) / page_slots));
   sync(layer, head);

@@ -50,8 +50,8 @@ class KvCache {
   // [first, first + count), laid out as layout(layer) says, with positions ascending over all calls.
   void fill(int layer, int head, int64_t slots,
             const std::function<void(std::byte* page, int64_t first, int64_t count)>& copy);
-  // Drops every slot from index `length` on.
-  void truncate(int layer, int head, int64_t length);
+  // Drops every slot from index `length` on; their pages stay if others are to come at once.
+  void truncate(int layer, int head, int64_t length, bool keep_pages = false);
   // Frees whole leading pages of a layer in which every position is < `position` (sliding windows).
   void drop_before(int layer, int64_t position);
 

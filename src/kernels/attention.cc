@@ -15,14 +15,14 @@ namespace {
 void check_layout(const char* op, const KvLayout& l) {
   if (l.dtype != DType::kF32 && l.dtype != DType::kBF16 && l.dtype != DType::kI8)
     throw Unsupported("{}: a KV cache of {} cannot be used; expected f32, bf16 or int8", op, dtype_name(l.dtype));
-  if (l.head_dim < 1 || l.head_dim > 65536)
-    throw BadInput("{}: head_dim is {}; expected 1 to 65536", op, l.head_dim);
+  if (l.head_dim < 1 || l.head_dim > 65536) throw BadInput("{}: head_dim is {}; expected 1 to 65536", op, l.head_dim);
   if (l.page_slots < 1) throw BadInput("{}: page_slots is {}; expected 1 or more", op, l.page_slots);
 }
 
 void check_head(const char* op, const KvHeadView& head, int64_t at_least) {
   if (head.length < at_least)
-    throw BadInput("{}: a KV head holds {} slots; expected {} or more, for as many new tokens", op, head.length, at_least);
+    throw BadInput("{}: a KV head holds {} slots; expected {} or more, for as many new tokens", op, head.length,
+                   at_least);
   if (head.length > 0 && !head.pages) throw BadInput("{}: a KV head of {} slots has no pages", op, head.length);
 }
 
@@ -64,8 +64,10 @@ OpRecord check_attention(const KvLayout& layout, const AttentionShape& shape, st
     throw BadInput("{}: a window of {} in a call that is not causal; expected 0", kOp, shape.window);
   if (shape.block < 1) throw BadInput("{}: blocks of {} positions; expected 1 or more", kOp, shape.block);
   if (shape.block > 1 && (shape.window > 0 || !shape.causal))
-    throw BadInput("{}: blocks of {} positions with a window of {} in a call that is {}causal; expected a causal call "
-                   "without a window", kOp, shape.block, shape.window, shape.causal ? "" : "not ");
+    throw BadInput(
+        "{}: blocks of {} positions with a window of {} in a call that is {}causal; expected a causal call "
+        "without a window",
+        kOp, shape.block, shape.window, shape.causal ? "" : "not ");
   const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
   check_stride(kOp, "q_stride", shape.q_stride, row);
   check_stride(kOp, "out_stride", shape.out_stride, row);
@@ -144,8 +146,8 @@ void kv_append(Context& ctx, const KvLayout& layout, const KvHeadView* heads, in
   kv_append_rows(ctx, layout, {&all, 1}, kv_heads, 0, tokens, k, v, stride);
 }
 
-void check_appended(const char* op, const KvLayout& layout, std::span<const KvRows> sequences, int kv_heads, int64_t first,
-                    int64_t rows, const float* k, const float* v) {
+void check_appended(const char* op, const KvLayout& layout, std::span<const KvRows> sequences, int kv_heads,
+                    int64_t first, int64_t rows, const float* k, const float* v) {
   check_layout(op, layout);
   if (kv_heads < 1) throw BadInput("{}: {} KV heads; expected 1 or more", op, kv_heads);
   int64_t all = 0;
@@ -157,11 +159,12 @@ void check_appended(const char* op, const KvLayout& layout, std::span<const KvRo
     for (int g = 0; g < kv_heads; ++g)
       if (!s.heads[g].pages) throw BadInput("{}: KV head {} has no pages for {} new tokens", op, g, s.tokens);
   }
-  if (first < 0 || rows < 0 || first > all - rows) throw BadInput("{}: rows {} to {} of {}", op, first, first + rows, all);
+  if (first < 0 || rows < 0 || first > all - rows)
+    throw BadInput("{}: rows {} to {} of {}", op, first, first + rows, all);
 }
 
-void kv_append_rows(Context& ctx, const KvLayout& layout, std::span<const KvRows> sequences, int kv_heads, int64_t first,
-                    int64_t tokens, const float* k, const float* v, int64_t stride) {
+void kv_append_rows(Context& ctx, const KvLayout& layout, std::span<const KvRows> sequences, int kv_heads,
+                    int64_t first, int64_t tokens, const float* k, const float* v, int64_t stride) {
   constexpr const char* kOp = "kv_append";
   check_appended(kOp, layout, sequences, kv_heads, first, tokens, k, v);
   const int64_t row = static_cast<int64_t>(kv_heads) * layout.head_dim;
@@ -174,7 +177,8 @@ void kv_append_rows(Context& ctx, const KvLayout& layout, std::span<const KvRows
     const int64_t skip = std::max<int64_t>(0, first - at), n = std::min(s.tokens - skip, tokens - done);
     at += s.tokens;
     if (n <= 0) continue;
-    cpu::kv_append(ctx, layout, s.heads, kv_heads, k + done * stride, v + done * stride, skip, n, s.first_position, stride);
+    cpu::kv_append(ctx, layout, s.heads, kv_heads, k + done * stride, v + done * stride, skip, n, s.first_position,
+                   stride);
     done += n;
   }
   scope.record.m = tokens;
@@ -211,8 +215,8 @@ void kv_compact(Context& ctx, const KvLayout& layout, const KvHeadView& head, st
   int64_t before = -1;
   for (const int32_t slot : keep) {
     if (slot <= before || slot >= head.length)
-      throw BadInput("{}: slot {} after slot {} in a list for a KV head of {} slots; expected ascending slots", kOp, slot,
-                     before, head.length);
+      throw BadInput("{}: slot {} after slot {} in a list for a KV head of {} slots; expected ascending slots", kOp,
+                     slot, before, head.length);
     before = slot;
   }
 

@@ -98,17 +98,31 @@ void Lanes::rows(Context& ctx, int64_t m, const Rows& body) {
   report(ctx);
 }
 
+// To the threads' runs of a chain's loop like cards, so that what gets shorter from first to last is shared out evenly.
+void Lanes::deal(int64_t count, int64_t threads) {
+  dealt_.resize(static_cast<size_t>(count));
+  std::vector<int64_t> next(static_cast<size_t>(threads));
+  for (int64_t r = 0; r < threads; ++r) next[static_cast<size_t>(r)] = count * r / threads;
+  int64_t r = threads;
+  for (int64_t i = 0; i < count; ++i) {
+    do r = (r + threads - 1) % threads;
+    while (next[static_cast<size_t>(r)] == count * (r + 1) / threads);
+    dealt_[static_cast<size_t>(next[static_cast<size_t>(r)]++)] = i;
+  }
+}
+
 void Lanes::chain(Context& ctx, int64_t m, const Steps& steps) {
   const int64_t phases = 2 * steps.steps - 1, rows = rows_of_piece(m, ctx.pool.size());
   begin(ctx, phases);
   counts_.resize(static_cast<size_t>(phases));
   for (size_t i = 0; i < counts_.size(); ++i) counts_[i] = i % 2 == 0 ? ceil_div(m, rows) : steps.items;
+  deal(steps.items, ctx.pool.size());
   const auto piece = [&](int64_t phase, int64_t index, int thread) {
     Context& lane = enter(thread, phase);
     if (phase % 2 == 0)
       steps.body(lane, phase / 2, index * rows, std::min(rows, m - index * rows));
     else
-      steps.mix(lane, phase / 2, index, thread);
+      steps.mix(lane, phase / 2, dealt_[static_cast<size_t>(index)], thread);
   };
   ctx.pool.parallel_chain(counts_, std::ref(piece));
   report(ctx);
@@ -116,16 +130,18 @@ void Lanes::chain(Context& ctx, int64_t m, const Steps& steps) {
 
 void Lanes::apart(Context& ctx, std::span<const Piece> pieces, int64_t m, const Steps& steps) {
   begin(ctx, 2 * steps.steps - 1);
-  const auto piece = [&](int64_t index, int thread) {
-    const Piece from = pieces[static_cast<size_t>(index)];
-    const Piece to = static_cast<size_t>(index) + 1 < pieces.size() ? pieces[static_cast<size_t>(index) + 1] : Piece{m, steps.items};
+  const auto count = static_cast<int64_t>(pieces.size());
+  deal(count, ctx.pool.size());
+  const auto piece = [&](int64_t, int64_t index, int thread) {
+    const auto at = static_cast<size_t>(dealt_[static_cast<size_t>(index)]);
+    const Piece from = pieces[at], to = at + 1 < pieces.size() ? pieces[at + 1] : Piece{m, steps.items};
     for (int64_t step = 0; step < steps.steps; ++step) {
       steps.body(enter(thread, 2 * step), step, from.row, to.row - from.row);
       if (step + 1 == steps.steps) break;
       for (int64_t item = from.item; item < to.item; ++item) steps.mix(enter(thread, 2 * step + 1), step, item, thread);
     }
   };
-  ctx.pool.parallel_for(static_cast<int64_t>(pieces.size()), std::ref(piece));
+  ctx.pool.parallel_chain({&count, 1}, std::ref(piece));
   report(ctx);
 }
 

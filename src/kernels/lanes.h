@@ -20,16 +20,18 @@ class Lanes {
   void rows(Context& ctx, int64_t m, const Rows& body);
 
   // Rows [0, m) through `steps` steps, and through a mixing of rows between any two: body(lane, step, first, rows), and
-  // mix(lane, step, item, thread) for every item after a step, once all rows that it mixes are there.
+  // mix(lane, step, item, thread) for every item after a step, once all rows that it mixes are there. The longest items
+  // come first.
   struct Steps {
     int64_t steps = 0;
     std::function<void(Context& lane, int64_t step, int64_t first, int64_t rows)> body;
     int64_t items = 0;
     std::function<void(Context& lane, int64_t step, int64_t item, int thread)> mix;
   };
-  // Threads meet before and after every mixing.
+  // Threads meet before and after every mixing. A thread has the same rows in every step, and in the next call alike.
   void chain(Context& ctx, int64_t m, const Steps& steps);
-  // Rows [row, next.row) are mixed by the items [item, next.item) only. A piece goes through all steps on its thread.
+  // Rows [row, next.row) are mixed by the items [item, next.item) only. A piece goes through all steps on its thread,
+  // the longest pieces first, and has the same in the next call alike.
   struct Piece {
     int64_t row = 0, item = 0;
   };
@@ -38,10 +40,11 @@ class Lanes {
  private:
   struct Lane;
   void begin(Context& ctx, int64_t phases);
+  void deal(int64_t count, int64_t threads);
   Context& enter(int thread, int64_t phase);
   void report(Context& ctx);
   std::vector<std::shared_ptr<Lane>> lanes_;  // one a thread
-  std::vector<int64_t> counts_;
+  std::vector<int64_t> counts_, dealt_;
 };
 
 }  // namespace lacuna

@@ -37,7 +37,8 @@ void prepare_heads(Context& ctx, const KvLayout& layout, const HeadPreparation& 
     return;
   }
   check_appended(kOp, layout, sequences, heads, first, rows, k, v);
-  if (how.rotated < 0 || how.rotated > d) throw BadInput("{}: {} of a head's {} values are turned", kOp, how.rotated, d);
+  if (how.rotated < 0 || how.rotated > d)
+    throw BadInput("{}: {} of a head's {} values are turned", kOp, how.rotated, d);
   if (!(how.q_norm.eps > 0) || !(how.k_norm.eps > 0))
     throw BadInput("{}: eps is {} and {}; expected positive numbers", kOp, how.q_norm.eps, how.k_norm.eps);
   if (rows == 0) return;

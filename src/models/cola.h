@@ -28,7 +28,7 @@ struct ColaState {
 struct LatentRows {
   ColaState* state = nullptr;  // null: no history, and none is kept. A state may stand in a call once.
   int64_t rows = 0;
-  int64_t keep = 0;            // so many rows, from the first, are appended to the state; the others leave no trace
+  int64_t keep = 0;            // so many rows, from the first, are appended to the state; the others leave room alone
 };
 
 // Adaptive layer norm's shifts, scales and gates of every layer for a fixed set of timesteps, so that the weights

@@ -1,6 +1,7 @@
 #include "models/latent_attention.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <limits>
 
@@ -11,8 +12,9 @@ namespace lacuna {
 namespace {
 
 constexpr int64_t kLeastPiece = 16, kMostPiece = 64;
-// Threads that go apart may end 1 / kApart later than they would if the work were shared out evenly.
-constexpr int64_t kApart = 12;
+// How late the last of threads that go apart may end: never worth the meetings, and always.
+constexpr double kSurelyApart = 1.05, kNeverApart = 1.3;
+constexpr int kCallsATrial = 32;
 
 }  // namespace
 
@@ -52,14 +54,14 @@ AppendGuard::~AppendGuard() {
   for (const Entry& e : entries_)
     for (int layer = 0; layer < e.kv->layers(); ++layer)
       for (int h = 0; h < e.kv->kv_heads(layer); ++h) {
-        // Also where nothing is to go but pages that were reserved.
+        // A sequence's next call wants as many slots again: rows that come and go at every step keep their pages.
         const int64_t keep = e.length + (committed_ ? e.keep : 0);
-        e.kv->truncate(layer, h, std::min(keep, e.kv->length(layer, h)));
+        e.kv->truncate(layer, h, std::min(keep, e.kv->length(layer, h)), committed_);
       }
 }
 
-LatentAttention::LatentAttention(const RopeConfig& rope, Pairs pairs, int rope_dim, int layers, int heads,
-                                 int head_dim, int64_t block)
+LatentAttention::LatentAttention(const RopeConfig& rope, Pairs pairs, int rope_dim, int layers, int heads, int head_dim,
+                                 int64_t block)
     : rope_(rope, rope_dim, std::numeric_limits<int32_t>::max()),
       pairs_(pairs),
       rope_dim_(rope_dim),
@@ -122,13 +124,16 @@ void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayo
   }
 }
 
-// Whole parts in pieces that can do without each other, if so the threads end about together.
-bool LatentAttention::divide(const LatentChunk& chunk, const AttentionPlan& plan, int64_t threads) {
-  // A thread's rows at a time: no more than stay in its L2, and no fewer than its share.
-  const int64_t most = std::clamp((chunk.rows + threads - 1) / threads, kLeastPiece, kMostPiece);
-  // A key costs a row of a head as much as so many of its weights, twice: attention runs at half the products' pace.
+// Whole parts in pieces that can do without each other: how much later the last thread ends than if the work were
+// shared out evenly, and the work.
+LatentAttention::Division LatentAttention::divide(const LatentChunk& chunk, const AttentionPlan& plan,
+                                                  int64_t threads) {
+  // Several pieces a thread even out, but no fewer rows than its products want, nor more than stay in its L2.
+  const int64_t share = threads > 1 ? (chunk.rows + 2 * threads - 1) / (2 * threads) : kMostPiece;
+  const int64_t most = std::clamp(share, kLeastPiece, kMostPiece);
+  // A row's key costs as much as four of its weights a value: attention runs at half the pace of products.
   const int64_t row_cost = row_weights_ / (4 * width());
-  std::vector<int64_t> busy(static_cast<size_t>(threads));  // who is free takes the next
+  std::vector<int64_t> busy(static_cast<size_t>(threads));
   pieces_.clear();
   int64_t row = 0, rows = 0, cost = 0, total = 0;
   const auto close = [&] {
@@ -146,19 +151,22 @@ bool LatentAttention::divide(const LatentChunk& chunk, const AttentionPlan& plan
   }
   close();
   const int64_t last = *std::max_element(busy.begin(), busy.end());
-  return last * threads * kApart <= total * (kApart + 1);
+  return {static_cast<double>(last * threads) / static_cast<double>(total), static_cast<double>(total)};
 }
 
-// Items to the threads' runs of a chain like cards, since the longest come first.
-void LatentAttention::deal(int64_t items, int64_t threads) {
-  dealt_.resize(static_cast<size_t>(items));
-  std::vector<int64_t> next(static_cast<size_t>(threads));
-  for (int64_t r = 0; r < threads; ++r) next[static_cast<size_t>(r)] = items * r / threads;
-  int64_t r = threads - 1;
-  for (int64_t item = 0; item < items; ++item, r = (r + threads - 1) % threads) {
-    while (next[static_cast<size_t>(r)] == items * (r + 1) / threads) r = (r + threads - 1) % threads;
-    dealt_[static_cast<size_t>(next[static_cast<size_t>(r)]++)] = item;
-  }
+// Together or apart, which pays depends on how far apart the threads' caches are: two cores of one chip hand a line
+// over in 25 ns, of two chips in 200, and a virtual machine's may move from one to the other. So both are tried now and
+// then.
+bool LatentAttention::Pace::apart(const Division& d) {
+  if (d.lateness <= kSurelyApart) return true;
+  if (d.lateness > kNeverApart) return false;
+  const bool faster = ns_[1] < ns_[0];
+  return ++calls_ % kCallsATrial == 0 ? !faster : faster;
+}
+void LatentAttention::Pace::took(bool apart, double ns, const Division& d) {
+  // Interruptions only ever add: a longer time is believed bit by bit.
+  double& pace = ns_[apart];
+  pace = pace > 0 ? std::min(ns / d.work, pace * 1.05) : ns / d.work;
 }
 
 void LatentAttention::append(Context& ctx, int layer, int64_t first, int64_t rows, float* qkv, bool queries) const {
@@ -200,22 +208,23 @@ void LatentAttention::run(Context& ctx, const LatentChunk& chunk, const KvLayout
     AttentionPlan plan(ctx, layout, shape, of_layer(sequences_, 0));
     Lanes::Steps all;
     all.steps = steps;
-    all.body = [&](Context& lane, int64_t s, int64_t first, int64_t rows) { step(lane, static_cast<int>(s), first, rows); };
+    all.body = [&](Context& lane, int64_t s, int64_t first, int64_t rows) {
+      step(lane, static_cast<int>(s), first, rows);
+    };
     all.items = plan.items();
     all.mix = [&](Context& lane, int64_t s, int64_t item, int thread) {
       lane.layer = static_cast<int32_t>(s);
       plan.item(lane, of_layer(sequences_, s), item, thread);
     };
-    if (divide(chunk, plan, ctx.pool.size())) {
+    const Division division = divide(chunk, plan, ctx.pool.size());
+    const bool apart = pace_.apart(division);
+    const auto start = std::chrono::steady_clock::now();
+    if (apart)
       lanes->apart(ctx, pieces_, chunk.rows, all);
-    } else {
-      deal(plan.items(), ctx.pool.size());
-      all.mix = [&](Context& lane, int64_t s, int64_t item, int thread) {
-        lane.layer = static_cast<int32_t>(s);
-        plan.item(lane, of_layer(sequences_, s), dealt_[static_cast<size_t>(item)], thread);
-      };
+    else
       lanes->chain(ctx, chunk.rows, all);
-    }
+    pace_.took(apart, std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count(),
+               division);
   }
   for (int layer = 0; layer < layers_; ++layer)
     for (const LatentPart& p : chunk.parts)

@@ -77,8 +77,19 @@ class LatentAttention {
 
  private:
   void begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const float* qkv, float* mixed);
-  void deal(int64_t items, int64_t threads);
-  bool divide(const LatentChunk& chunk, const AttentionPlan& plan, int64_t threads);
+  struct Division {
+    double lateness = 0, work = 0;
+  };
+  class Pace {
+   public:
+    bool apart(const Division& d);
+    void took(bool apart, double ns, const Division& d);
+
+   private:
+    double ns_[2] = {0, 0};  // a unit of work, together and apart; 0: not tried yet
+    int calls_ = 0;
+  };
+  Division divide(const LatentChunk& chunk, const AttentionPlan& plan, int64_t threads);
   template <class T>
   std::span<const T> of_layer(const std::vector<T>& all, int64_t layer) const {
     return std::span<const T>(all).subspan(static_cast<size_t>(layer) * parts_, parts_);
@@ -87,7 +98,7 @@ class LatentAttention {
   RopeTable rope_;
   Pairs pairs_;
   int rope_dim_, layers_, heads_, head_dim_;
-  int64_t row_weights_ = 8 * 192 * 192;  // of a layer
+  int64_t row_weights_ = 12 * 192 * 192;  // of a layer
   int64_t block_;
   const float *cos_ = nullptr, *sin_ = nullptr;  // of the chunk's rows
   // Keys and values of parts without a cache, of one layer.
@@ -100,7 +111,7 @@ class LatentAttention {
   std::vector<AttentionSequence> sequences_;
   std::vector<KvHeadView> before_, after_;
   std::vector<Lanes::Piece> pieces_;
-  std::vector<int64_t> dealt_;
+  Pace pace_;
 };
 
 }  // namespace lacuna

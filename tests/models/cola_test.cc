@@ -161,10 +161,13 @@ TEST(Cola, HistoryIsTheSameHoweverItWasAppended) {
     Floats by_block;
     for (int64_t b = 0; b < blocks; ++b) {
       const Floats own = part(z, b * bs * latent, (b + 1) * bs * latent);
+      e.velocity(x, noisy, {{&in_steps, bs, 0}});
+      // Room for a block, which the next one takes.
       const size_t before = e.memory.now(MemoryTag::kKv);
       e.velocity(x, noisy, {{&in_steps, bs, 0}});
       RC_ASSERT(e.memory.now(MemoryTag::kKv) == before);
       append(by_block, e.velocity(own, Floats(static_cast<size_t>(bs), 0.0f), {{&in_steps, bs, bs}}));
+      RC_ASSERT(e.memory.now(MemoryTag::kKv) == before);
     }
     RC_ASSERT(at_once.history == n && in_steps.history == n);
     RC_ASSERT(distance(by_block, e.velocity(z, Floats(static_cast<size_t>(n), 0.0f), {{nullptr, n, 0}})) <= 5e-5);
@@ -414,7 +417,8 @@ TEST(Cola, AFailedCallAppendsNothing) {
   Floats x = normals(bs * latent, 2);
   const Floats t(static_cast<size_t>(bs), 300.0f);
   const std::vector<LatentRows> rows = {{&s, bs, bs}};
-  const Floats before = e.velocity(x, t, {{&s, bs, 0}});
+  ColaState other = s.copy(e.ctx);  // whose rows leave their pages
+  const Floats before = e.velocity(x, t, {{&other, bs, 0}});
   // The second layer's page no longer fits.
   const size_t held = s.dit.allocated_bytes();
   const size_t page = s.dit.layout(0).page_bytes();

@@ -111,7 +111,8 @@ void prepare_row_of(const PreparedRow& row) {
   }
   for (int h = 0; h < row.heads; ++h) {
     const float* v = row.v + h * kPreparedDim;
-    for (int c = 0; c < kPreparedDim; c += 2 * kLanes) store_pairs(row.slots[2 * h + 1] + 2 * c, load(v + c), load(v + c + kLanes));
+    for (int c = 0; c < kPreparedDim; c += 2 * kLanes)
+      store_pairs(row.slots[2 * h + 1] + 2 * c, load(v + c), load(v + c + kLanes));
   }
 }
 
