@@ -206,20 +206,26 @@ struct TakeDigits {
 };
 
 // Four slots' codes side by side in a word, for 64 columns. Columns stay within their quarter of a row: word 4l + i of
-// vector t is column 16l + 4t + i. `restore` puts the sums in order when all slots are done. `left` slots are there.
-[[gnu::always_inline]] inline void interleave(const int8_t* v, int d, int left, __m512i* out) {
+// vector t is column 16l + 4t + i. `restore` puts the sums in order when all slots are done. kW vectors from vector
+// `first` on; `left` slots are there.
+template <int kW>
+[[gnu::always_inline]] inline void interleave(const int8_t* v, int d, int left, bool high, __m512i* out) {
   __m512i r[4] = {words(v)};
   if (left >= 4) [[likely]] {
     for (int i = 1; i < 4; ++i) r[i] = words(v + i * d);
   } else {
     for (int i = 1; i < 4; ++i) r[i] = i < left ? words(v + i * d) : _mm512_setzero_si512();
   }
-  const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);
-  const __m512i x = _mm512_unpacklo_epi8(r[2], r[3]), y = _mm512_unpackhi_epi8(r[2], r[3]);
-  out[0] = _mm512_unpacklo_epi16(a, x);
-  out[1] = _mm512_unpackhi_epi16(a, x);
-  out[2] = _mm512_unpacklo_epi16(b, y);
-  out[3] = _mm512_unpackhi_epi16(b, y);
+  if (kW == 4 || !high) {
+    const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), x = _mm512_unpacklo_epi8(r[2], r[3]);
+    out[0] = _mm512_unpacklo_epi16(a, x);
+    out[1] = _mm512_unpackhi_epi16(a, x);
+  }
+  if (kW == 4 || high) {
+    const __m512i b = _mm512_unpackhi_epi8(r[0], r[1]), y = _mm512_unpackhi_epi8(r[2], r[3]);
+    out[kW - 2] = _mm512_unpacklo_epi16(b, y);
+    out[kW - 1] = _mm512_unpackhi_epi16(b, y);
+  }
 }
 
 template <int kQ>
@@ -228,27 +234,25 @@ struct DigitValues {
 
   // Adds a block's values to 64 columns, from c on, of kQ rows of out. The lines ahead, as many as slots, are asked
   // for by the passes over the first eight rows: each has a part of every run's, one to four lines at a step.
-  static void run(int first_row, __m512i* values, const Block& block, const Digits& digits, float* out, int64_t ld,
-                  int rows, int d, int c) {
+  static void run(int first_row, const Block& block, const Digits& digits, float* out, int64_t ld, int rows, int d,
+                  int c) {
     const bool halves = rows > 4;
-    int from = c / 16 + (first_row ? 2 : 0);  // lines of a run that were asked for before, divided by its quads
-    for (int t = 0; t < 4; t += kW, from += halves ? kW / 2 : kW) {
-      const auto go = [&](auto pass) {
-        pass(first_row, values + t, block, digits, out + c + t * kLanes, ld, from, d, c);
-      };
-      if (first_row > 4)
-        go(pass<0, false>);
-      else if (first_row == 0 && t == 0)
-        halves ? go(pass<kW / 2, true>) : go(pass<kW, true>);
-      else
-        halves ? go(pass<kW / 2, false>) : go(pass<kW, false>);
-    }
+    const int from = c / 16 + (first_row ? 2 : 0);  // lines of a run that were asked for before, divided by its quads
+    const auto both = [&](auto lines) {
+      pass<lines(), false>(first_row, block, digits, out + c, ld, from, d, c);
+      if constexpr (kW == 2) pass<lines(), true>(first_row, block, digits, out + c + 2 * kLanes, ld, from + lines(), d, c);
+    };
+    if (first_row > 4)
+      both(std::integral_constant<int, 0>());
+    else if (halves)
+      both(std::integral_constant<int, kW / 2>());
+    else
+      both(std::integral_constant<int, kW>());
   }
 
-  // The first of all passes makes the values that the others read.
-  template <int kLines, bool kFirst>
-  [[gnu::noinline]] static void pass(int first_row, __m512i* values, const Block& block, const Digits& digits,
-                                     float* out, int64_t ld, int from, int d, int c) {
+  template <int kLines, bool kHigh>
+  [[gnu::noinline]] static void pass(int first_row, const Block& block, const Digits& digits, float* out, int64_t ld,
+                                     int from, int d, int c) {
     __m512i hi[kQ * kW], lo[kQ * kW];
 #pragma GCC unroll 16
     for (int i = 0; i < kQ * kW; ++i) hi[i] = lo[i] = _mm512_setzero_si512();
@@ -258,21 +262,12 @@ struct DigitValues {
       const int quads = block.run[r].quads;
       const char* next = block.run[r].next + from * quads * 64;
       const int8_t* codes = block.run[r].codes + c;
-      for (int g = 0; g < quads; ++g, values += 4, ph += 4, pl += 4) {
-        if (kFirst && kLines > 1) next = once_here(next, codes);
+      for (int g = 0; g < quads; ++g, codes += 4 * d, left -= 4, ph += 4, pl += 4) {
+        if (kLines > 1) next = once_here(next, codes);
 #pragma GCC unroll 4
         for (int l = 0; l < kLines; ++l, next += 64) prefetch(next);
-        __m512i v[4];
-        if constexpr (kFirst) {
-          interleave(codes, d, left, v);
-          codes += 4 * d;
-          left -= 4;
-#pragma GCC unroll 4
-          for (int w = 0; w < 4; ++w) _mm512_store_si512(values + w, v[w]);
-        } else {
-#pragma GCC unroll 4
-          for (int w = 0; w < kW; ++w) v[w] = words(values + w);
-        }
+        __m512i v[kW];
+        interleave<kW>(codes, d, left, kHigh, v);
 #pragma GCC unroll 4
         for (int i = 0; i < kQ; ++i) {
           const __m512i h = word(ph + i * kBlock), l = word(pl + i * kBlock);
@@ -298,9 +293,8 @@ struct DigitValues {
 void add_block(const Block& block, int d, const float* p, int64_t ld, const float* largest, int rows, float* out,
                int64_t ld_out) {
   Digits digits;
-  __m512i values[kBlock];
   each_group<4, TakeDigits>(rows, p, ld, largest, block.count, digits);
-  for (int c = 0; c < d; c += 64) each_group<4, DigitValues>(rows, values, block, digits, out, ld_out, rows, d, c);
+  for (int c = 0; c < d; c += 64) each_group<4, DigitValues>(rows, block, digits, out, ld_out, rows, d, c);
 }
 
 void digit_values(const SlotRun* runs, int n, int d, const float* p, int64_t ld, const float* largest, int rows,
