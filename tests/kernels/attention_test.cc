@@ -148,7 +148,7 @@ TEST(Attention, NarrowValuesStopAtTheLastSlot) {
             std::vector<cpu::SlotRun> runs;
             for (int s = 0; s < count; s += page)
               runs.push_back({narrow ? static_cast<void*>(&codes[static_cast<size_t>(s * dim)]) : &values[static_cast<size_t>(s * dim)],
-                              std::min(page, count - s), nullptr});
+                              nullptr, std::min(page, count - s), nullptr});
             std::vector<float> out(static_cast<size_t>(rows * dim), 0.0f);
             ops.values(dtype, runs.data(), static_cast<int>(runs.size()), dim,
                        narrow ? static_cast<void*>(p.data()) : weights.data(), kTile, largest.data(), rows, out.data(), dim);
@@ -185,8 +185,9 @@ TEST(Attention, NarrowSoftmaxMatchesDouble) {
         auto scores = normals(kRows * kColumns, 7);
         for (size_t i = 0; i < scores.size(); ++i) scores[i] = scores[i] * 8 + shift - (i % 11 == 0 ? 400.0f : 0.0f);
         void* p = narrow ? static_cast<void*>(stored.data()) : pairs.data();
+        const cpu::SlotRun run{nullptr, weights.data(), kColumns, nullptr};
         ops->softmax(dtype, {scores.data(), kColumns, kRows, begin.data(), end.data(), 0, kColumns, 0.5f, max, sums.data(),
-                             shrink, p, weights.data(), largest.data()});
+                             shrink, p, largest.data()}, &run, 1);
         for (size_t i = 0; i < kRows; ++i) {
           total[i] *= shrink[i];
           double most = 0;

@@ -63,7 +63,7 @@ void raise(const SoftmaxStep& s, int i, Vec top) {
 
 // Any row.
 template <bool kPairs>
-[[gnu::noinline]] void softmax_row(const SoftmaxStep& s, int i) {
+[[gnu::noinline]] void softmax_row(const SoftmaxStep& s, const float* weights, int i) {
   constexpr int kDegree = kPairs ? 3 : 4;
   const Vec scale = set1(s.scale);
   const float* row = s.scores + i * s.ld;
@@ -88,14 +88,14 @@ template <bool kPairs>
     const Vec x = {_mm512_maskz_mov_ps(visible(c, begin, end), power<kDegree>(fma(load(row + c), scale, max)).v)};
     const Vec y = {_mm512_maskz_mov_ps(visible(c + kLanes, begin, end),
                                        power<kDegree>(fma(load(row + c + kLanes), scale, max)).v)};
-    put_probabilities<kPairs>(p + c, s.weights + c, x, y, sum, most_weight);
+    put_probabilities<kPairs>(p + c, weights + c, x, y, sum, most_weight);
   }
   store(s.sum + i * kLanes, sum);
   if (!kPairs) store(s.largest + i * kLanes, most_weight);
 }
 
 template <bool kPairs>
-void softmax_rows(const SoftmaxStep& s) {
+void softmax_rows(const SoftmaxStep& s, const float* weights) {
   constexpr int kDegree = kPairs ? 3 : 4;
   const Vec scale = set1(s.scale);
   const int from = s.from, to = s.to;
@@ -107,7 +107,7 @@ void softmax_rows(const SoftmaxStep& s) {
     for (int c = from; c < to; c += 2 * kLanes) top = vmax(vmax(load(row + c), load(row + c + kLanes)), top);
     const bool full = s.begin[i] <= from && s.end[i] >= to;
     if (!full) {
-      softmax_row<kPairs>(s, i);
+      softmax_row<kPairs>(s, weights, i);
       continue;
     }
     Vec sum = load(s.sum + i * kLanes), most_weight = zero();
@@ -120,7 +120,7 @@ void softmax_rows(const SoftmaxStep& s) {
     for (int c = from; c < to; c += 2 * kLanes) {
       const Vec x = power<kDegree>(fma(load(row + c), scale, max));
       const Vec y = power<kDegree>(fma(load(row + c + kLanes), scale, max));
-      put_probabilities<kPairs>(p + c, s.weights + c, x, y, sum, most_weight);
+      put_probabilities<kPairs>(p + c, weights + c, x, y, sum, most_weight);
     }
     store(s.sum + i * kLanes, sum);
     if (!kPairs) store(s.largest + i * kLanes, most_weight);
@@ -129,9 +129,14 @@ void softmax_rows(const SoftmaxStep& s) {
 
 }  // namespace
 
-void narrow_softmax(DType dtype, const SoftmaxStep& step) {
-  if (dtype == DType::kBF16) return softmax_rows<true>(step);
-  softmax_rows<false>(step);
+void narrow_softmax(DType dtype, const SoftmaxStep& step, const SlotRun* runs, int n) {
+  if (dtype == DType::kBF16) return softmax_rows<true>(step, nullptr);
+  alignas(64) float weights[kStreamTile + kLanes];
+  float* at = weights;
+  for (const SlotRun* run = runs; run < runs + n; at += run++->count)
+    for (int i = 0; i < run->count; i += kLanes) store(at + i, load_part(run->scales + i, least(run->count - i, kLanes)));
+  for (; at < weights + step.to; at += kLanes) store(at, zero());
+  softmax_rows<false>(step, weights);
 }
 
 namespace {
@@ -206,26 +211,20 @@ struct TakeDigits {
 };
 
 // Four slots' codes side by side in a word, for 64 columns. Columns stay within their quarter of a row: word 4l + i of
-// vector t is column 16l + 4t + i. `restore` puts the sums in order when all slots are done. kW vectors from vector
-// `first` on; `left` slots are there.
-template <int kW>
-[[gnu::always_inline]] inline void interleave(const int8_t* v, int d, int left, bool high, __m512i* out) {
+// vector t is column 16l + 4t + i. `restore` puts the sums in order when all slots are done. `left` slots are there.
+[[gnu::always_inline]] inline void interleave(const int8_t* v, int d, int left, __m512i* out) {
   __m512i r[4] = {words(v)};
   if (left >= 4) [[likely]] {
     for (int i = 1; i < 4; ++i) r[i] = words(v + i * d);
   } else {
     for (int i = 1; i < 4; ++i) r[i] = i < left ? words(v + i * d) : _mm512_setzero_si512();
   }
-  if (kW == 4 || !high) {
-    const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), x = _mm512_unpacklo_epi8(r[2], r[3]);
-    out[0] = _mm512_unpacklo_epi16(a, x);
-    out[1] = _mm512_unpackhi_epi16(a, x);
-  }
-  if (kW == 4 || high) {
-    const __m512i b = _mm512_unpackhi_epi8(r[0], r[1]), y = _mm512_unpackhi_epi8(r[2], r[3]);
-    out[kW - 2] = _mm512_unpacklo_epi16(b, y);
-    out[kW - 1] = _mm512_unpackhi_epi16(b, y);
-  }
+  const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);
+  const __m512i x = _mm512_unpacklo_epi8(r[2], r[3]), y = _mm512_unpackhi_epi8(r[2], r[3]);
+  out[0] = _mm512_unpacklo_epi16(a, x);
+  out[1] = _mm512_unpackhi_epi16(a, x);
+  out[2] = _mm512_unpacklo_epi16(b, y);
+  out[3] = _mm512_unpackhi_epi16(b, y);
 }
 
 template <int kQ>
@@ -234,25 +233,27 @@ struct DigitValues {
 
   // Adds a block's values to 64 columns, from c on, of kQ rows of out. The lines ahead, as many as slots, are asked
   // for by the passes over the first eight rows: each has a part of every run's, one to four lines at a step.
-  static void run(int first_row, const Block& block, const Digits& digits, float* out, int64_t ld, int rows, int d,
-                  int c) {
+  static void run(int first_row, __m512i* values, const Block& block, const Digits& digits, float* out, int64_t ld,
+                  int rows, int d, int c) {
     const bool halves = rows > 4;
-    const int from = c / 16 + (first_row ? 2 : 0);  // lines of a run that were asked for before, divided by its quads
-    const auto both = [&](auto lines) {
-      pass<lines(), false>(first_row, block, digits, out + c, ld, from, d, c);
-      if constexpr (kW == 2) pass<lines(), true>(first_row, block, digits, out + c + 2 * kLanes, ld, from + lines(), d, c);
-    };
-    if (first_row > 4)
-      both(std::integral_constant<int, 0>());
-    else if (halves)
-      both(std::integral_constant<int, kW / 2>());
-    else
-      both(std::integral_constant<int, kW>());
+    int from = c / 16 + (first_row ? 2 : 0);  // lines of a run that were asked for before, divided by its quads
+    for (int t = 0; t < 4; t += kW, from += halves ? kW / 2 : kW) {
+      const auto go = [&](auto pass) {
+        pass(first_row, values + t, block, digits, out + c + t * kLanes, ld, from, d, c);
+      };
+      if (first_row > 4)
+        go(pass<0, false>);
+      else if (first_row == 0 && t == 0)
+        halves ? go(pass<kW / 2, true>) : go(pass<kW, true>);
+      else
+        halves ? go(pass<kW / 2, false>) : go(pass<kW, false>);
+    }
   }
 
-  template <int kLines, bool kHigh>
-  [[gnu::noinline]] static void pass(int first_row, const Block& block, const Digits& digits, float* out, int64_t ld,
-                                     int from, int d, int c) {
+  // The first of all passes makes the values that the others read.
+  template <int kLines, bool kFirst>
+  [[gnu::noinline]] static void pass(int first_row, __m512i* values, const Block& block, const Digits& digits,
+                                     float* out, int64_t ld, int from, int d, int c) {
     __m512i hi[kQ * kW], lo[kQ * kW];
 #pragma GCC unroll 16
     for (int i = 0; i < kQ * kW; ++i) hi[i] = lo[i] = _mm512_setzero_si512();
@@ -262,22 +263,46 @@ struct DigitValues {
       const int quads = block.run[r].quads;
       const char* next = block.run[r].next + from * quads * 64;
       const int8_t* codes = block.run[r].codes + c;
-      for (int g = 0; g < quads; ++g, codes += 4 * d, left -= 4, ph += 4, pl += 4) {
-        if (kLines > 1) next = once_here(next, codes);
+      // A row's kSteps quads after each other: a sum that is taken up soon is not read from the registers, whose ports
+      // the stores of interleaved values need (else they take a cycle each from the products).
+      const auto quads_of = [&](auto steps) __attribute__((always_inline)) {
+        constexpr int kSteps = steps();
+        __m512i v[kSteps][4];
+#pragma GCC unroll 2
+        for (int x = 0; x < kSteps; ++x) {
+          if (kFirst && kLines > 1) next = once_here(next, codes);
 #pragma GCC unroll 4
-        for (int l = 0; l < kLines; ++l, next += 64) prefetch(next);
-        __m512i v[kW];
-        interleave<kW>(codes, d, left, kHigh, v);
+          for (int l = 0; l < kLines; ++l, next += 64) prefetch(next);
+          if constexpr (kFirst) {
+            interleave(codes, d, left, v[x]);
+            codes += 4 * d;
+            left -= 4;
 #pragma GCC unroll 4
-        for (int i = 0; i < kQ; ++i) {
-          const __m512i h = word(ph + i * kBlock), l = word(pl + i * kBlock);
+            for (int w = 0; w < 4; ++w) _mm512_store_si512(values + x * 4 + w, v[x][w]);
+          } else {
 #pragma GCC unroll 4
-          for (int w = 0; w < kW; ++w) {
-            add_quads(hi[i * kW + w], h, v[w]);
-            add_quads(lo[i * kW + w], l, v[w]);
+            for (int w = 0; w < kW; ++w) v[x][w] = words(values + x * 4 + w);
           }
         }
-      }
+#pragma GCC unroll 4
+        for (int i = 0; i < kQ; ++i)
+#pragma GCC unroll 2
+          for (int x = 0; x < kSteps; ++x) {
+            const __m512i h = word(ph + i * kBlock + x * 4), l = word(pl + i * kBlock + x * 4);
+#pragma GCC unroll 4
+            for (int w = 0; w < kW; ++w) {
+              add_quads(hi[i * kW + w], h, v[x][w]);
+              add_quads(lo[i * kW + w], l, v[x][w]);
+            }
+          }
+        values += kSteps * 4;
+        ph += kSteps * 4;
+        pl += kSteps * 4;
+      };
+      int g = 0;
+      if constexpr (kFirst && kW == 2)
+        for (; g + 2 <= quads; g += 2) quads_of(std::integral_constant<int, 2>());
+      for (; g < quads; ++g) quads_of(std::integral_constant<int, 1>());
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kQ; ++i)
@@ -293,8 +318,9 @@ struct DigitValues {
 void add_block(const Block& block, int d, const float* p, int64_t ld, const float* largest, int rows, float* out,
                int64_t ld_out) {
   Digits digits;
+  __m512i values[kBlock];
   each_group<4, TakeDigits>(rows, p, ld, largest, block.count, digits);
-  for (int c = 0; c < d; c += 64) each_group<4, DigitValues>(rows, block, digits, out, ld_out, rows, d, c);
+  for (int c = 0; c < d; c += 64) each_group<4, DigitValues>(rows, values, block, digits, out, ld_out, rows, d, c);
 }
 
 void digit_values(const SlotRun* runs, int n, int d, const float* p, int64_t ld, const float* largest, int rows,
