@@ -45,9 +45,7 @@ struct SoftmaxStep {
   float* sum;             // [rows] running sum of p
   float* shrink;          // [rows] out: factor for what was accumulated before this step
   void* p;                // [rows] of stride `ld`: f32 (may be `scores`) or bf16, 0 where not visible
-  // NarrowOps over int8 only: p is stored times the value's scale, which `sum` does not see; largest [rows, 16] has the
-  // maxima of what is stored, column by column.
-  float* largest = nullptr;
+  float* digit_scale = nullptr;  // [rows] out, NarrowOps over int8 only
 };
 
 // Matrix products of a tile. Operand elements are f32, or bf16 in pairs. The packed operand is made of
@@ -88,15 +86,17 @@ struct NarrowOps {
   // Queries [rows, d] of stride ldq -> what `scores` reads, query_bytes long.
   int64_t (*query_bytes)(DType dtype, int rows, int d);
   void (*prepare)(DType dtype, const float* q, int64_t ldq, int rows, int d, void* query);
-  // As stream_scores and stream_values below, run by run; p is f32, weighted by the values' scales, for int8
-  // codes, bf16 for bf16. The columns of out are in an order of their own until `restore`.
+  // As stream_scores and stream_values below, run by run. The columns of out are in an order of their own until
+  // `restore`.
   void (*scores)(DType dtype, const SlotRun* runs, int n, int d, const void* query, int rows, float* scores,
                  int64_t ld);
-  // `step.sum` is [rows, 16]: sums that are added up at the end; step.max may be exceeded by 8. Runs as for `values`.
+  // `step.sum` is [rows, 16]: sums that are added up at the end; step.max may be exceeded by 8. step.p is bf16 for bf16
+  // codes. For int8 it is weighted by the scales of `values`' runs, which `sum` does not see, and in two digits:
+  // step.ld bytes each of hi, then lo, digit_scale[row] * (256 hi + lo), and up to 64 columns are written.
   void (*softmax)(DType dtype, const SoftmaxStep& step, const SlotRun* runs, int n);
-  // `largest` as softmax left it, for int8.
-  void (*values)(DType dtype, const SlotRun* runs, int n, int d, const void* p, int64_t ld, const float* largest,
-                 int rows, float* out, int64_t ld_out);
+  // p and digit_scale as softmax left them, rows kStreamTile columns apart.
+  void (*values)(DType dtype, const SlotRun* runs, int n, int d, const void* p, const float* digit_scale, int rows,
+                 float* out, int64_t ld_out);
   void (*restore)(DType dtype, float* out, int64_t ld_out, int rows, int d);
 };
 

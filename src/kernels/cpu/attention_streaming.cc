@@ -120,11 +120,10 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
   const DType dtype = job.layout.dtype;
   const NarrowOps* narrow = job.narrow(item) ? job.narrow_ops : nullptr;
   auto* narrow_q = carve.take<std::byte>(narrow ? narrow->query_bytes(dtype, m, job.d()) : 0);
-  // Probabilities in bf16 pairs lie apart from the scores.
-  const bool pairs = narrow && dtype == DType::kBF16;
-  auto* narrow_p = carve.take<uint16_t>(pairs ? rows * kStreamTile : 0);
+  // Probabilities in bf16 or digits lie apart from the scores.
+  auto* narrow_p = carve.take<uint16_t>(narrow ? rows * kStreamTile : 0);
   auto* narrow_total = carve.take<float>(narrow ? rows * 16 : 0);
-  auto* largest = carve.take<float>(narrow ? rows * 16 : 0);
+  auto* digit_scale = carve.take<float>(narrow ? rows : 0);
 
   for (int64_t t = 0; t < tokens; ++t)
     job.ops.f32.rows(DType::kF32, job.query(s, item.head, item.token_begin + t), nullptr, job.group, job.d(),
@@ -136,7 +135,7 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
   visible_slots(job, item, begin, end);
 
   std::fill_n(narrow_total, narrow ? rows * 16 : 0, 0.0f);
-  void* p = pairs ? static_cast<void*>(narrow_p) : scores;
+  void* p = narrow ? static_cast<void*>(narrow_p) : scores;
   const int64_t tile = tile_slots(job, item);
   const int64_t last = end[tokens - 1];
   const auto shrink_sums = [&] {
@@ -191,10 +190,10 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
     }
     const int n = runs_of(KvPart::kValues, slot, slot_end);
     step.sum = narrow_total;
-    step.largest = largest;
+    step.digit_scale = digit_scale;
     narrow->softmax(dtype, step, runs, n);
     shrink_sums();
-    narrow->values(dtype, runs, n, job.d(), p, kStreamTile, largest, m, sums, ld);
+    narrow->values(dtype, runs, n, job.d(), p, digit_scale, m, sums, ld);
   }
   if (narrow) {
     narrow->restore(dtype, sums, ld, m, job.d());
