@@ -52,33 +52,27 @@ template <bool kPairs>
   }
 }
 
-// x[i] = scale (256 hi + lo), columns [from, to) of a row and up to 64 more; `most` has the largest. Right behind the
-// row's exponentials, so that the next row's cover the way from the maximum to the digits.
-[[gnu::always_inline]] inline void put_digits(const float* x, int from, int to, Vec most, uint8_t* hi, uint8_t* lo,
-                                              float* scale) {
+// Row i's columns, weighted, whose largest is `top` -> digit_scale (256 hi + lo), and those of up to 64 more.
+[[gnu::always_inline]] inline void put_digits(const SoftmaxStep& s, int i, const float* weighted, float top) {
   // Packing leaves four slots together, and fours 4 v + l at word 4 l + v.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i low = _mm512_set1_epi16(255);
-  const float top = largest(most);
   // So small that its reciprocal overflows: nothing that a sum of probabilities can tell from 0.
   const bool some = top > 1e-30f;
-  *scale = some ? top * (1 / 65535.0f) : 0.0f;
+  s.digit_scale[i] = some ? top * (1 / 65535.0f) : 0.0f;
   const Vec by = set1(some ? 65535.0f / top : 0.0f);
-  for (int c = from; c < to; c += 4 * kLanes) {
+  auto* hi = static_cast<uint8_t*>(s.p) + 2 * i * s.ld;
+  uint8_t* lo = hi + s.ld;
+  for (int c = s.from; c < s.to; c += 4 * kLanes) {
     __m512i t[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) t[j] = _mm512_cvtps_epi32((load(x + c + j * kLanes) * by).v);
+    for (int j = 0; j < 4; ++j) t[j] = _mm512_cvtps_epi32((load(weighted + c + j * kLanes) * by).v);
     const __m512i a = _mm512_packus_epi32(t[0], t[1]), b = _mm512_packus_epi32(t[2], t[3]);
     const __m512i h = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
     const __m512i l = _mm512_packus_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low));
     _mm512_storeu_si512(hi + c, _mm512_permutexvar_epi32(order, h));
     _mm512_storeu_si512(lo + c, _mm512_permutexvar_epi32(order, l));
   }
-}
-
-[[gnu::always_inline]] inline void put_row_digits(const SoftmaxStep& s, int i, const float* weighted, Vec most) {
-  auto* hi = static_cast<uint8_t*>(s.p) + 2 * i * s.ld;
-  put_digits(weighted, s.from, s.to, most, hi, hi + s.ld, s.digit_scale + i);
 }
 
 void raise(const SoftmaxStep& s, int i, Vec top) {
@@ -88,9 +82,9 @@ void raise(const SoftmaxStep& s, int i, Vec top) {
   s.max[i] = now;
 }
 
-// Any row.
+// Any row. Returns the largest that it weighted.
 template <bool kPairs>
-[[gnu::noinline]] void softmax_row(const SoftmaxStep& s, const float* weights, float* weighted, int i) {
+[[gnu::noinline]] float softmax_row(const SoftmaxStep& s, const float* weights, float* weighted, int i) {
   constexpr int kDegree = kPairs ? 3 : 4;
   const Vec scale = set1(s.scale);
   const float* row = s.scores + i * s.ld;
@@ -118,54 +112,83 @@ template <bool kPairs>
     put_probabilities<kPairs>(p + c, weighted + c, weights + c, x, y, sum, most_weighted);
   }
   store(s.sum + i * kLanes, sum);
-  if (!kPairs) put_row_digits(s, i, weighted, most_weighted);
+  return kPairs ? 0.0f : largest(most_weighted);
+}
+
+// What nearly every row is: all columns seen, kTwos times 32 of them.
+template <bool kPairs, int kTwos>
+[[gnu::always_inline]] inline float softmax_full_row(const SoftmaxStep& s, const float* weights, float* weighted, int i) {
+  constexpr int kDegree = kPairs ? 3 : 4, kVectors = 2 * kTwos;
+  const Vec scale = set1(s.scale);
+  const float* row = s.scores + i * s.ld + s.from;
+  Vec x[kVectors];
+#pragma GCC unroll 8
+  for (int c = 0; c < kVectors; ++c) x[c] = load(row + c * kLanes);
+  Vec top = x[0];
+#pragma GCC unroll 8
+  for (int c = 1; c < kVectors; ++c) top = vmax(x[c], top);
+  Vec sum = load(s.sum + i * kLanes), most = zero();
+  s.shrink[i] = 1;
+  if (_mm512_cmp_ps_mask((top * scale).v, set1(s.max[i] + kSlack).v, _CMP_GT_OQ)) {
+    raise(s, i, top * scale);
+    sum = sum * set1(s.shrink[i]);
+  }
+  const Vec max = set1(-s.max[i]);
+  auto* p = static_cast<uint16_t*>(s.p) + i * s.ld + s.from;
+#pragma GCC unroll 4
+  for (int c = 0; c < kVectors; c += 2) {
+    const Vec y = power<kDegree>(fma(x[c], scale, max)), z = power<kDegree>(fma(x[c + 1], scale, max));
+    const int at = s.from + c * kLanes;
+    put_probabilities<kPairs>(p + c * kLanes, weighted + at, weights + at, y, z, sum, most);
+  }
+  store(s.sum + i * kLanes, sum);
+  return kPairs ? 0.0f : largest(most);
+}
+
+// A row's digits come after the next row's exponentials: the way from the one to the other is long, and what waits
+// takes the places of what could run.
+template <bool kPairs, int kTwos>
+void softmax_rows(const SoftmaxStep& s, const float* weights) {
+  alignas(64) float weighted[2][kStreamTile + 2 * kLanes];
+  for (float* w : weighted) {
+    store(w + s.to, zero());
+    store(w + s.to + kLanes, zero());
+  }
+  float before = 0;
+  for (int i = 0; i <= s.rows; ++i) {
+    float top = 0;
+    if (i < s.rows) {
+      if (kTwos > 0 && s.begin[i] <= s.from && s.end[i] >= s.to)
+        top = softmax_full_row<kPairs, kTwos>(s, weights, weighted[i % 2], i);
+      else
+        top = softmax_row<kPairs>(s, weights, weighted[i % 2], i);
+    }
+    if (!kPairs && i > 0) put_digits(s, i - 1, weighted[(i - 1) % 2], before);
+    before = top;
+  }
 }
 
 template <bool kPairs>
-void softmax_rows(const SoftmaxStep& s, const float* weights, float* weighted) {
-  constexpr int kDegree = kPairs ? 3 : 4;
-  const Vec scale = set1(s.scale);
-  const int from = s.from, to = s.to;
-  for (int i = 0; i < s.rows; ++i) {
-    // What nearly every row is: all columns seen, none above.
-    const float* row = s.scores + i * s.ld;
-    auto* p = static_cast<uint16_t*>(s.p) + i * s.ld;
-    Vec top = load(row + from);
-    for (int c = from; c < to; c += 2 * kLanes) top = vmax(vmax(load(row + c), load(row + c + kLanes)), top);
-    const bool full = s.begin[i] <= from && s.end[i] >= to;
-    if (!full) {
-      softmax_row<kPairs>(s, weights, weighted, i);
-      continue;
-    }
-    Vec sum = load(s.sum + i * kLanes), most_weighted = zero();
-    s.shrink[i] = 1;
-    if (_mm512_cmp_ps_mask((top * scale).v, set1(s.max[i] + kSlack).v, _CMP_GT_OQ)) {
-      raise(s, i, top * scale);
-      sum = sum * set1(s.shrink[i]);
-    }
-    const Vec max = set1(-s.max[i]);
-    for (int c = from; c < to; c += 2 * kLanes) {
-      const Vec x = power<kDegree>(fma(load(row + c), scale, max));
-      const Vec y = power<kDegree>(fma(load(row + c + kLanes), scale, max));
-      put_probabilities<kPairs>(p + c, weighted + c, weights + c, x, y, sum, most_weighted);
-    }
-    store(s.sum + i * kLanes, sum);
-    if (!kPairs) put_row_digits(s, i, weighted, most_weighted);
+void softmax_rows(const SoftmaxStep& s, const float* weights) {
+  switch ((s.to - s.from) / (2 * kLanes)) {
+    case 1: return softmax_rows<kPairs, 1>(s, weights);
+    case 2: return softmax_rows<kPairs, 2>(s, weights);
+    case 3: return softmax_rows<kPairs, 3>(s, weights);
+    case 4: return softmax_rows<kPairs, 4>(s, weights);
   }
+  softmax_rows<kPairs, 0>(s, weights);
 }
 
 }  // namespace
 
 void narrow_softmax(DType dtype, const SoftmaxStep& step, const SlotRun* runs, int n) {
-  if (dtype == DType::kBF16) return softmax_rows<true>(step, nullptr, nullptr);
-  alignas(64) float weights[kStreamTile + kLanes], weighted[kStreamTile + 4 * kLanes];
+  if (dtype == DType::kBF16) return softmax_rows<true>(step, nullptr);
+  alignas(64) float weights[kStreamTile + kLanes];
   float* at = weights;
   for (const SlotRun* run = runs; run < runs + n; at += run++->count)
     for (int i = 0; i < run->count; i += kLanes) store(at + i, load_part(run->scales + i, least(run->count - i, kLanes)));
   for (; at < weights + step.to; at += kLanes) store(at, zero());
-  store(weighted + step.to, zero());
-  store(weighted + step.to + kLanes, zero());
-  softmax_rows<false>(step, weights, weighted);
+  softmax_rows<false>(step, weights);
 }
 
 namespace {
