@@ -327,8 +327,8 @@ void scores_of(const SlotRun* runs, int n, int d, const void* query, int rows, f
         __builtin_memset(rest + last * row, 0, static_cast<size_t>((kLanes - last) * row));
         from[vectors - 1] = rest;
       }
-      Scores s{from[0], keys, query, rows, d, row, {zero(), zero()}, first(last), out + key, ld,
-               next ? next + at : from[0]};
+      Scores s{
+          from[0], keys, query, rows, d, row, {zero(), zero()}, first(last), out + key, ld, next ? next + at : from[0]};
       if (kDigits) {
         s.key_scale[0] = load_part(run->scales + key, least(kLanes, some));
         if (vectors == 2) s.key_scale[1] = load_part(run->scales + key + kLanes, last);

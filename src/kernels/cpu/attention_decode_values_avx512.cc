@@ -117,7 +117,8 @@ template <bool kPairs>
 
 // What nearly every row is: all columns seen, kTwos times 32 of them.
 template <bool kPairs, int kTwos>
-[[gnu::always_inline]] inline float softmax_full_row(const SoftmaxStep& s, const float* weights, float* weighted, int i) {
+[[gnu::always_inline]] inline float softmax_full_row(const SoftmaxStep& s, const float* weights, float* weighted,
+                                                     int i) {
   constexpr int kDegree = kPairs ? 3 : 4, kVectors = 2 * kTwos;
   const Vec scale = set1(s.scale);
   const float* row = s.scores + i * s.ld + s.from;
@@ -158,7 +159,7 @@ void softmax_rows(const SoftmaxStep& s, const float* weights) {
   for (int i = 0; i <= s.rows; ++i) {
     float top = 0;
     if (i < s.rows) {
-      if (kTwos > 0 && s.begin[i] <= s.from && s.end[i] >= s.to)
+      if (s.begin[i] <= s.from && s.end[i] >= s.to)
         top = softmax_full_row<kPairs, kTwos>(s, weights, weighted[i % 2], i);
       else
         top = softmax_row<kPairs>(s, weights, weighted[i % 2], i);
@@ -170,13 +171,17 @@ void softmax_rows(const SoftmaxStep& s, const float* weights) {
 
 template <bool kPairs>
 void softmax_rows(const SoftmaxStep& s, const float* weights) {
+  static_assert(kStreamTile == 4 * 2 * kLanes);
   switch ((s.to - s.from) / (2 * kLanes)) {
-    case 1: return softmax_rows<kPairs, 1>(s, weights);
-    case 2: return softmax_rows<kPairs, 2>(s, weights);
-    case 3: return softmax_rows<kPairs, 3>(s, weights);
-    case 4: return softmax_rows<kPairs, 4>(s, weights);
+    case 1:
+      return softmax_rows<kPairs, 1>(s, weights);
+    case 2:
+      return softmax_rows<kPairs, 2>(s, weights);
+    case 3:
+      return softmax_rows<kPairs, 3>(s, weights);
+    default:
+      return softmax_rows<kPairs, 4>(s, weights);
   }
-  softmax_rows<kPairs, 0>(s, weights);
 }
 
 }  // namespace
@@ -186,7 +191,8 @@ void narrow_softmax(DType dtype, const SoftmaxStep& step, const SlotRun* runs, i
   alignas(64) float weights[kStreamTile + kLanes];
   float* at = weights;
   for (const SlotRun* run = runs; run < runs + n; at += run++->count)
-    for (int i = 0; i < run->count; i += kLanes) store(at + i, load_part(run->scales + i, least(run->count - i, kLanes)));
+    for (int i = 0; i < run->count; i += kLanes)
+      store(at + i, load_part(run->scales + i, least(run->count - i, kLanes)));
   for (; at < weights + step.to; at += kLanes) store(at, zero());
   softmax_rows<false>(step, weights);
 }
@@ -419,8 +425,8 @@ void narrow_values(DType dtype, const SlotRun* runs, int n, int d, const void* p
     return digit_values(runs, n, d, {static_cast<const uint8_t*>(p), digit_scale}, rows, out, ld_out);
   const auto* weights = static_cast<const uint16_t*>(p);
   for (int i = 0; i < n; weights += runs[i++].count)
-    each_group<8, PairValues>(rows, static_cast<const uint16_t*>(runs[i].codes), runs[i].count, d, weights, kStreamTile, out,
-                              ld_out, static_cast<const char*>(runs[i].next));
+    each_group<8, PairValues>(rows, static_cast<const uint16_t*>(runs[i].codes), runs[i].count, d, weights, kStreamTile,
+                              out, ld_out, static_cast<const char*>(runs[i].next));
 }
 
 void narrow_restore(DType dtype, float* sums, int64_t ld, int rows, int d) {

@@ -19,8 +19,9 @@ inline constexpr int kRowBlock = 48;
 // Vector stores may run past a row's end up to here; row strides are multiples of it.
 inline constexpr int kPad = 32;
 
-// Slots whose scores the streaming path holds at most.
-inline constexpr int64_t kStreamTile = 256;
+// Slots whose scores the streaming path holds at most. Rows twice as far apart took so much of L1 that with eight query
+// heads lines asked for ahead were gone before their use.
+inline constexpr int64_t kStreamTile = 128;
 
 // Rows of a triangle and values that a register tile of triangle_products takes: 4 x 6 vectors of sums, 4
 // broadcasts and a vector of values in AVX-512. 96 values of 64 floats are half of L1.

@@ -12,7 +12,7 @@ namespace {
 
 // Slots whose scores a streaming item holds at a time: one page, so that memory is read in the order it
 // lies in (15 % faster than the keys of eight pages before their values), but not fewer than are worth a
-// softmax step, nor more than fit in a third of L1 (16 rows * 256 * 4 B = 16 KB).
+// softmax step, nor more than kStreamTile, which fit in a sixth of L1 (16 rows * 128 * 4 B = 8 KB).
 constexpr int64_t kLeastStreamTile = 32, kWideStreamTile = 128;
 // Slots from the one in use to the one that is asked for.
 constexpr int64_t kLanesAhead = 32;
