@@ -26,6 +26,9 @@ constexpr int64_t kMaxChunks = 32;
 constexpr int64_t kMostLaneRows = 64;
 // Slots of such an item that are worth two, so that an odd number of heads divides among two threads.
 constexpr int64_t kLeastHalves = 64;
+// Bytes between the workspaces of two threads, which often lie side by side: a core's prefetcher that asks for the next
+// lines takes them from the core that writes them.
+constexpr int64_t kApart = 4096;
 // Elements of a piece of merge_attention: a few microseconds.
 constexpr int64_t kMergeElements = 16384;
 
@@ -278,7 +281,7 @@ void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape
   plan(job, job.items, merges);
 
   // All at once: whichever thread takes an item, memory is the same from call to call.
-  for (int t = 0; t < ctx.pool.size(); ++t) ctx.workspace<std::byte>(t, static_cast<size_t>(size.workspace));
+  for (int t = 0; t < ctx.pool.size(); ++t) ctx.workspace<std::byte>(t, static_cast<size_t>(size.workspace + kApart));
 
   const auto run = [&](int64_t index, int thread) {
     AttentionItem& item = job.items[index];
