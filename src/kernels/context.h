@@ -28,6 +28,10 @@ enum class ActivationSlot : uint8_t {
   kCount
 };
 
+// Bytes behind a thread's workspace, since those of two threads often lie side by side: a core's prefetcher that asks
+// for the next lines takes them from the core that writes them.
+inline constexpr size_t kBetweenWorkspaces = 4096;
+
 // What an op needs besides its operands: threads, memory, and who listens. One per running engine;
 // not thread-safe (ops run one after another and are parallel inside).
 struct Context {
@@ -44,7 +48,7 @@ struct Context {
   // The pointer is valid until the same slot is asked for again.
   template <typename T>
   T* workspace(int slot, size_t elements) {
-    scratch[static_cast<size_t>(slot)].ensure(memory, MemoryTag::kScratch, elements * sizeof(T));
+    scratch[static_cast<size_t>(slot)].ensure(memory, MemoryTag::kScratch, elements * sizeof(T) + kBetweenWorkspaces);
     return scratch[static_cast<size_t>(slot)].template as<T>();
   }
   // Like workspace(), tag kActivations: valid until the same slot is asked for a larger size.

@@ -124,23 +124,26 @@ TEST(Attention, NarrowValuesStopAtTheLastSlot) {
   const cpu::NarrowOps* narrow_ops = cpu::attention_ops(detected_isa()).narrow;
   if (!narrow_ops) return;  // a processor without these bodies
   const cpu::NarrowOps& ops = *narrow_ops;
-  constexpr int kTile = 192;
+  constexpr int kTile = cpu::kStreamTile;
   for (const int dim : {64, 128})
-    for (const int count : {1, 2, 3, 5, 30, 31, 32, 33, 63, 64, 65, 96, 100, 127, 128, 129, 160, 191})
-      for (const int page : {4, 10, 32, 192})
+    for (const int count : {1, 2, 3, 5, 30, 31, 32, 33, 63, 64, 65, 96, 100, 127, 128})
+      for (const int page : {4, 10, 32, 128})
         for (const int rows : {1, 2, 3, 5, 7, 8, 16}) {
           std::vector<BF16> values(static_cast<size_t>(kTile * dim)), weights(static_cast<size_t>((rows + 1) * kTile), to_bf16(NAN));
           for (size_t i = 0; i < values.size(); ++i) values[i] = to_bf16(static_cast<float>(i % 7) - 3);
           std::vector<int8_t> codes(values.size());
           for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<int8_t>(i % 7) - 3;
-          std::vector<float> p(weights.size(), NAN), largest(static_cast<size_t>(rows * 16), 0.0f);
+          std::vector<float> p(weights.size(), NAN);
+          std::vector<uint8_t> digits(2 * weights.size(), 0xff);
+          const std::vector<float> scale(static_cast<size_t>(rows), 1.0f / 40000);
           for (int s = 0; s < count; ++s)
             for (int i = 0; i < rows; ++i) {
               const float x = static_cast<float>(1 + (i + s + s / 4) % 7) / 8;
               p[static_cast<size_t>(i * kTile + s)] = x;
               weights[static_cast<size_t>(i * kTile + s)] = to_bf16(x);
-              float& most = largest[static_cast<size_t>(i * 16 + s % 16)];
-              most = std::max(most, x);
+              const int t = static_cast<int>(x * 40000);
+              digits[static_cast<size_t>(2 * i * kTile + s)] = static_cast<uint8_t>(t >> 8);
+              digits[static_cast<size_t>((2 * i + 1) * kTile + s)] = static_cast<uint8_t>(t & 255);
             }
           for (const DType dtype : {DType::kBF16, DType::kI8}) {
             if (!ops.takes(dtype, rows, dim)) continue;
@@ -148,10 +151,10 @@ TEST(Attention, NarrowValuesStopAtTheLastSlot) {
             std::vector<cpu::SlotRun> runs;
             for (int s = 0; s < count; s += page)
               runs.push_back({narrow ? static_cast<void*>(&codes[static_cast<size_t>(s * dim)]) : &values[static_cast<size_t>(s * dim)],
-                              std::min(page, count - s), nullptr});
+                              nullptr, std::min(page, count - s), nullptr});
             std::vector<float> out(static_cast<size_t>(rows * dim), 0.0f);
             ops.values(dtype, runs.data(), static_cast<int>(runs.size()), dim,
-                       narrow ? static_cast<void*>(p.data()) : weights.data(), kTile, largest.data(), rows, out.data(), dim);
+                       narrow ? static_cast<void*>(digits.data()) : weights.data(), scale.data(), rows, out.data(), dim);
             ops.restore(dtype, out.data(), dim, rows, dim);
             for (int i = 0; i < rows; ++i)
               for (int c = 0; c < dim; ++c) {
@@ -170,42 +173,49 @@ TEST(Attention, NarrowValuesStopAtTheLastSlot) {
 TEST(Attention, NarrowSoftmaxMatchesDouble) {
   const cpu::NarrowOps* ops = cpu::attention_ops(detected_isa()).narrow;
   if (!ops) return;
-  constexpr int kRows = 3, kColumns = 96;
+  constexpr int kRows = 3, kLd = cpu::kStreamTile;
   for (const DType dtype : {DType::kBF16, DType::kI8})
-    for (const int hidden : {0, 5}) {
-      const bool narrow = dtype == DType::kI8;
-      float max[kRows], shrink[kRows] = {};
-      std::fill_n(max, kRows, -INFINITY);
-      std::vector<float> sums(kRows * 16), largest(kRows * 16), weights(kColumns), stored(kRows * kColumns);
-      std::vector<BF16> pairs(stored.size());
-      for (int c = 0; c < kColumns; ++c) weights[static_cast<size_t>(c)] = 0.01f * static_cast<float>(1 + c % 5);
-      const std::vector<int32_t> begin(kRows, hidden), end(kRows, kColumns - hidden);
-      double total[kRows] = {};
-      for (const float shift : {0.0f, 20.0f}) {
-        auto scores = normals(kRows * kColumns, 7);
-        for (size_t i = 0; i < scores.size(); ++i) scores[i] = scores[i] * 8 + shift - (i % 11 == 0 ? 400.0f : 0.0f);
-        void* p = narrow ? static_cast<void*>(stored.data()) : pairs.data();
-        ops->softmax(dtype, {scores.data(), kColumns, kRows, begin.data(), end.data(), 0, kColumns, 0.5f, max, sums.data(),
-                             shrink, p, weights.data(), largest.data()});
-        for (size_t i = 0; i < kRows; ++i) {
-          total[i] *= shrink[i];
-          double most = 0;
-          for (size_t c = 0; c < kColumns; ++c) {
-            const bool seen = c >= static_cast<size_t>(hidden) && c < static_cast<size_t>(kColumns - hidden);
-            const double x = seen ? std::exp2(0.5 * scores[i * kColumns + c] - max[i]) : 0;
-            total[i] += x;
-            const double expected = narrow ? x * weights[c] : x, got = narrow ? stored[i * kColumns + c] : to_float(pairs[i * kColumns + c]);
-            EXPECT_NEAR(got, expected, (narrow ? 6e-6 : 4.1e-3) * expected + 1e-30) << i << " " << c;
-            most = std::max(most, expected);
-          }
-          const float* at = &sums[i * 16];
-          EXPECT_NEAR(std::accumulate(at, at + 16, 0.0), total[i], (narrow ? 6e-6 : 1e-4) * total[i]);
-          if (narrow) {
-            EXPECT_NEAR(*std::max_element(&largest[i * 16], &largest[i * 16] + 16), most, 6e-6 * most);
+    for (const int columns : {32, 64, 96, 128})
+      for (const int hidden : {0, 5}) {
+        const bool narrow = dtype == DType::kI8;
+        float max[kRows], shrink[kRows] = {};
+        std::fill_n(max, kRows, -INFINITY);
+        const auto n = static_cast<size_t>(columns);
+        std::vector<float> sums(kRows * 16), scale(kRows), weights(n);
+        std::vector<BF16> pairs(kRows * kLd);
+        const auto* digits = reinterpret_cast<const uint8_t*>(pairs.data());
+        for (size_t c = 0; c < n; ++c) weights[c] = 0.01f * static_cast<float>(1 + c % 5);
+        const std::vector<int32_t> begin(kRows, hidden), end(kRows, columns - hidden);
+        double total[kRows] = {};
+        for (const float shift : {0.0f, 20.0f}) {
+          auto scores = normals(kRows * kLd, 7);
+          for (size_t i = 0; i < scores.size(); ++i) scores[i] = scores[i] * 8 + shift - (i % 11 == 0 ? 400.0f : 0.0f);
+          const cpu::SlotRun run[2] = {{nullptr, weights.data(), 21, nullptr}, {nullptr, &weights[21], columns - 21, nullptr}};
+          ops->softmax(dtype, {scores.data(), kLd, kRows, begin.data(), end.data(), 0, columns, 0.5f, max, sums.data(),
+                               shrink, pairs.data(), scale.data()}, run, 2);
+          for (size_t i = 0; i < kRows; ++i) {
+            total[i] *= shrink[i];
+            double most = 0;
+            for (size_t c = 0; c < n; ++c) {
+              const bool seen = c >= static_cast<size_t>(hidden) && c < n - static_cast<size_t>(hidden);
+              const double x = seen ? std::exp2(0.5 * scores[i * kLd + c] - max[i]) : 0;
+              total[i] += x;
+              const double expected = narrow ? x * weights[c] : x;
+              const double got = narrow ? scale[i] * (256.0 * digits[2 * i * kLd + c] + digits[(2 * i + 1) * kLd + c])
+                                        : to_float(pairs[i * kLd + c]);
+              // Half a step of the digits.
+              EXPECT_NEAR(got, expected, (narrow ? 6e-6 : 4.1e-3) * expected + (narrow ? 0.51 * scale[i] : 1e-30))
+                  << columns << " columns, " << i << " " << c;
+              most = std::max(most, expected);
+            }
+            const float* at = &sums[i * 16];
+            EXPECT_NEAR(std::accumulate(at, at + 16, 0.0), total[i], (narrow ? 6e-6 : 1e-4) * total[i]);
+            if (narrow) {
+              EXPECT_NEAR(scale[i] * 65535, most, 6e-6 * most);
+            }
           }
         }
       }
-    }
 }
 
 TEST(Attention, DecodeOverCodesKeepsNanAndHugeScores) {

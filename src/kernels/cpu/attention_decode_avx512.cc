@@ -308,47 +308,47 @@ void transpose_two(const char* const* from, int row, int32_t* keys, const char* 
 }
 
 template <bool kDigits>
-void scores_of(const char* codes, const float* scales, int count, int d, const void* query, int rows, float* out,
-               int64_t ld, const char* next) {
+void scores_of(const SlotRun* runs, int n, int d, const void* query, int rows, float* out, int64_t ld) {
   const int row = d * (kDigits ? 1 : 2);
   const bool direct = rows <= (kDigits ? kDirectDigits : kDirectPairs);
   alignas(64) int32_t keys[kMaxDim * kLanes];
   alignas(64) char rest[kLanes * kMaxDim * 2];
-  for (int key = 0, some; key < count; key += some) {
-    const int vectors = !direct && count - key > kLanes ? 2 : 1;
-    some = least(vectors * kLanes, count - key);
-    const int last = some - (vectors - 1) * kLanes;  // keys of the last sixteen
-    const int64_t at = static_cast<int64_t>(key) * row;
-    const char* from[2] = {codes + at, codes + at + kLanes * row};
-    if (last < kLanes) {
-      __builtin_memcpy(rest, from[vectors - 1], static_cast<size_t>(last * row));
-      __builtin_memset(rest + last * row, 0, static_cast<size_t>((kLanes - last) * row));
-      from[vectors - 1] = rest;
-    }
-    Scores s{
-        from[0], keys, query, rows, d, row, {zero(), zero()}, first(last), out + key, ld, next ? next + at : from[0]};
-    if (kDigits) {
-      s.key_scale[0] = load_part(scales + key, least(kLanes, some));
-      if (vectors == 2) s.key_scale[1] = load_part(scales + key + kLanes, last);
-    }
-    if (direct) {
-      Product<1, true, kDigits>::run(rows, s);
-    } else if (vectors == 2) {
-      transpose_two<kDigits>(from, row, keys, next && rows <= Product<2, false, kDigits>::kMost ? s.next : nullptr);
-      Product<2, false, kDigits>::run(rows, s);
-    } else {
-      transpose<1, kDigits>(from[0], row, keys, nullptr);
-      Product<1, false, kDigits>::run(rows, s);
+  for (const SlotRun* run = runs; run < runs + n; out += run++->count) {
+    const auto* codes = static_cast<const char*>(run->codes);
+    const auto* next = static_cast<const char*>(run->next);
+    for (int key = 0, some; key < run->count; key += some) {
+      const int vectors = !direct && run->count - key > kLanes ? 2 : 1;
+      some = least(vectors * kLanes, run->count - key);
+      const int last = some - (vectors - 1) * kLanes;  // keys of the last sixteen
+      const int64_t at = static_cast<int64_t>(key) * row;
+      const char* from[2] = {codes + at, codes + at + kLanes * row};
+      if (last < kLanes) {
+        __builtin_memcpy(rest, from[vectors - 1], static_cast<size_t>(last * row));
+        __builtin_memset(rest + last * row, 0, static_cast<size_t>((kLanes - last) * row));
+        from[vectors - 1] = rest;
+      }
+      Scores s{
+          from[0], keys, query, rows, d, row, {zero(), zero()}, first(last), out + key, ld, next ? next + at : from[0]};
+      if (kDigits) {
+        s.key_scale[0] = load_part(run->scales + key, least(kLanes, some));
+        if (vectors == 2) s.key_scale[1] = load_part(run->scales + key + kLanes, last);
+      }
+      if (direct) {
+        Product<1, true, kDigits>::run(rows, s);
+      } else if (vectors == 2) {
+        transpose_two<kDigits>(from, row, keys, next && rows <= Product<2, false, kDigits>::kMost ? s.next : nullptr);
+        Product<2, false, kDigits>::run(rows, s);
+      } else {
+        transpose<1, kDigits>(from[0], row, keys, nullptr);
+        Product<1, false, kDigits>::run(rows, s);
+      }
     }
   }
 }
 
-void scores(DType dtype, const void* codes, const float* scales, int count, int d, const void* query, int rows,
-            float* out, int64_t ld, const void* next) {
-  const auto* from = static_cast<const char*>(codes);
-  const auto* ahead = static_cast<const char*>(next);
-  if (dtype == DType::kI8) return scores_of<true>(from, scales, count, d, query, rows, out, ld, ahead);
-  scores_of<false>(from, scales, count, d, query, rows, out, ld, ahead);
+void scores(DType dtype, const SlotRun* runs, int n, int d, const void* query, int rows, float* out, int64_t ld) {
+  if (dtype == DType::kI8) return scores_of<true>(runs, n, d, query, rows, out, ld);
+  scores_of<false>(runs, n, d, query, rows, out, ld);
 }
 
 bool takes(DType dtype, int rows, int d) {

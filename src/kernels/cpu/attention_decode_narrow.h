@@ -8,9 +8,9 @@
 namespace lacuna::cpu {
 
 // NarrowOps' softmax, values and restore.
-void narrow_softmax(DType dtype, const SoftmaxStep& step);
-void narrow_values(DType dtype, const SlotRun* runs, int n, int d, const void* p, int64_t ld, const float* largest,
-                   int rows, float* out, int64_t ld_out);
+void narrow_softmax(DType dtype, const SoftmaxStep& step, const SlotRun* runs, int n);
+void narrow_values(DType dtype, const SlotRun* runs, int n, int d, const void* p, const float* digit_scale, int rows,
+                   float* out, int64_t ld_out);
 void narrow_restore(DType dtype, float* sums, int64_t ld, int rows, int d);
 
 namespace {

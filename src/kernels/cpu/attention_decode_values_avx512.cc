@@ -36,21 +36,42 @@ template <int kDegree>
 // exponentials don't wait for the comparison, nor is anything folded.
 constexpr float kSlack = 8;
 
+// Two vectors of a row: to the sum, and to p in bf16, or weighted to x for put_digits.
 template <bool kPairs>
-using Probability = std::conditional_t<kPairs, uint16_t, float>;
-// Two vectors of a row: to the sum, and to what is stored, which over int8 is weighted.
-template <bool kPairs>
-[[gnu::always_inline]] inline void put_probabilities(Probability<kPairs>* p, const float* weights, Vec x, Vec y,
-                                                     Vec& sum, Vec& largest) {
+[[gnu::always_inline]] inline void put_probabilities(uint16_t* p, float* to, const float* weights, Vec x, Vec y,
+                                                     Vec& sum, Vec& most) {
   sum = sum + (x + y);
   if constexpr (kPairs) {
     _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y.v, x.v)));
   } else {
     x = x * load(weights);
     y = y * load(weights + kLanes);
-    largest = vmax(vmax(x, y), largest);
-    store(p, x);
-    store(p + kLanes, y);
+    most = vmax(vmax(x, y), most);
+    store(to, x);
+    store(to + kLanes, y);
+  }
+}
+
+// Row i's columns, weighted, whose largest is `top` -> digit_scale (256 hi + lo), and those of up to 64 more.
+[[gnu::always_inline]] inline void put_digits(const SoftmaxStep& s, int i, const float* weighted, float top) {
+  // Packing leaves four slots together, and fours 4 v + l at word 4 l + v.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i low = _mm512_set1_epi16(255);
+  // So small that its reciprocal overflows: nothing that a sum of probabilities can tell from 0.
+  const bool some = top > 1e-30f;
+  s.digit_scale[i] = some ? top * (1 / 65535.0f) : 0.0f;
+  const Vec by = set1(some ? 65535.0f / top : 0.0f);
+  auto* hi = static_cast<uint8_t*>(s.p) + 2 * i * s.ld;
+  uint8_t* lo = hi + s.ld;
+  for (int c = s.from; c < s.to; c += 4 * kLanes) {
+    __m512i t[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) t[j] = _mm512_cvtps_epi32((load(weighted + c + j * kLanes) * by).v);
+    const __m512i a = _mm512_packus_epi32(t[0], t[1]), b = _mm512_packus_epi32(t[2], t[3]);
+    const __m512i h = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+    const __m512i l = _mm512_packus_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low));
+    _mm512_storeu_si512(hi + c, _mm512_permutexvar_epi32(order, h));
+    _mm512_storeu_si512(lo + c, _mm512_permutexvar_epi32(order, l));
   }
 }
 
@@ -61,20 +82,20 @@ void raise(const SoftmaxStep& s, int i, Vec top) {
   s.max[i] = now;
 }
 
-// Any row.
+// Any row. Returns the largest that it weighted.
 template <bool kPairs>
-[[gnu::noinline]] void softmax_row(const SoftmaxStep& s, int i) {
+[[gnu::noinline]] float softmax_row(const SoftmaxStep& s, const float* weights, float* weighted, int i) {
   constexpr int kDegree = kPairs ? 3 : 4;
   const Vec scale = set1(s.scale);
   const float* row = s.scores + i * s.ld;
-  auto* p = static_cast<Probability<kPairs>*>(s.p) + i * s.ld;
+  auto* p = static_cast<uint16_t*>(s.p) + i * s.ld;
   const int begin = s.begin[i], end = s.end[i];
   const Vec most = set1(s.max[i] + kSlack);
   __mmask16 above = 0;
   for (int c = s.from; c < s.to; c += kLanes)
     above = static_cast<__mmask16>(
         above | _mm512_mask_cmp_ps_mask(visible(c, begin, end), (load(row + c) * scale).v, most.v, _CMP_GT_OQ));
-  Vec sum = load(s.sum + i * kLanes), most_weight = zero();
+  Vec sum = load(s.sum + i * kLanes), most_weighted = zero();
   s.shrink[i] = 1;
   if (above) {
     Vec top = set1(s.max[i]);
@@ -88,63 +109,106 @@ template <bool kPairs>
     const Vec x = {_mm512_maskz_mov_ps(visible(c, begin, end), power<kDegree>(fma(load(row + c), scale, max)).v)};
     const Vec y = {_mm512_maskz_mov_ps(visible(c + kLanes, begin, end),
                                        power<kDegree>(fma(load(row + c + kLanes), scale, max)).v)};
-    put_probabilities<kPairs>(p + c, s.weights + c, x, y, sum, most_weight);
+    put_probabilities<kPairs>(p + c, weighted + c, weights + c, x, y, sum, most_weighted);
   }
   store(s.sum + i * kLanes, sum);
-  if (!kPairs) store(s.largest + i * kLanes, most_weight);
+  return kPairs ? 0.0f : largest(most_weighted);
+}
+
+// What nearly every row is: all columns seen, kTwos times 32 of them.
+template <bool kPairs, int kTwos>
+[[gnu::always_inline]] inline float softmax_full_row(const SoftmaxStep& s, const float* weights, float* weighted,
+                                                     int i) {
+  constexpr int kDegree = kPairs ? 3 : 4, kVectors = 2 * kTwos;
+  const Vec scale = set1(s.scale);
+  const float* row = s.scores + i * s.ld + s.from;
+  Vec x[kVectors];
+#pragma GCC unroll 8
+  for (int c = 0; c < kVectors; ++c) x[c] = load(row + c * kLanes);
+  Vec top = x[0];
+#pragma GCC unroll 8
+  for (int c = 1; c < kVectors; ++c) top = vmax(x[c], top);
+  Vec sum = load(s.sum + i * kLanes), most = zero();
+  s.shrink[i] = 1;
+  if (_mm512_cmp_ps_mask((top * scale).v, set1(s.max[i] + kSlack).v, _CMP_GT_OQ)) {
+    raise(s, i, top * scale);
+    sum = sum * set1(s.shrink[i]);
+  }
+  const Vec max = set1(-s.max[i]);
+  auto* p = static_cast<uint16_t*>(s.p) + i * s.ld + s.from;
+#pragma GCC unroll 4
+  for (int c = 0; c < kVectors; c += 2) {
+    const Vec y = power<kDegree>(fma(x[c], scale, max)), z = power<kDegree>(fma(x[c + 1], scale, max));
+    const int at = s.from + c * kLanes;
+    put_probabilities<kPairs>(p + c * kLanes, weighted + at, weights + at, y, z, sum, most);
+  }
+  store(s.sum + i * kLanes, sum);
+  return kPairs ? 0.0f : largest(most);
+}
+
+// A row's digits come after the next row's exponentials: the way from the one to the other is long, and what waits
+// takes the places of what could run.
+template <bool kPairs, int kTwos>
+void softmax_rows(const SoftmaxStep& s, const float* weights) {
+  alignas(64) float weighted[2][kStreamTile + 2 * kLanes];
+  for (float* w : weighted) {
+    store(w + s.to, zero());
+    store(w + s.to + kLanes, zero());
+  }
+  float before = 0;
+  for (int i = 0; i <= s.rows; ++i) {
+    float top = 0;
+    if (i < s.rows) {
+      if (s.begin[i] <= s.from && s.end[i] >= s.to)
+        top = softmax_full_row<kPairs, kTwos>(s, weights, weighted[i % 2], i);
+      else
+        top = softmax_row<kPairs>(s, weights, weighted[i % 2], i);
+    }
+    if (!kPairs && i > 0) put_digits(s, i - 1, weighted[(i - 1) % 2], before);
+    before = top;
+  }
 }
 
 template <bool kPairs>
-void softmax_rows(const SoftmaxStep& s) {
-  constexpr int kDegree = kPairs ? 3 : 4;
-  const Vec scale = set1(s.scale);
-  const int from = s.from, to = s.to;
-  for (int i = 0; i < s.rows; ++i) {
-    // What nearly every row is: all columns seen, none above.
-    const float* row = s.scores + i * s.ld;
-    auto* p = static_cast<Probability<kPairs>*>(s.p) + i * s.ld;
-    Vec top = load(row + from);
-    for (int c = from; c < to; c += 2 * kLanes) top = vmax(vmax(load(row + c), load(row + c + kLanes)), top);
-    const bool full = s.begin[i] <= from && s.end[i] >= to;
-    if (!full) {
-      softmax_row<kPairs>(s, i);
-      continue;
-    }
-    Vec sum = load(s.sum + i * kLanes), most_weight = zero();
-    s.shrink[i] = 1;
-    if (_mm512_cmp_ps_mask((top * scale).v, set1(s.max[i] + kSlack).v, _CMP_GT_OQ)) {
-      raise(s, i, top * scale);
-      sum = sum * set1(s.shrink[i]);
-    }
-    const Vec max = set1(-s.max[i]);
-    for (int c = from; c < to; c += 2 * kLanes) {
-      const Vec x = power<kDegree>(fma(load(row + c), scale, max));
-      const Vec y = power<kDegree>(fma(load(row + c + kLanes), scale, max));
-      put_probabilities<kPairs>(p + c, s.weights + c, x, y, sum, most_weight);
-    }
-    store(s.sum + i * kLanes, sum);
-    if (!kPairs) store(s.largest + i * kLanes, most_weight);
+void softmax_rows(const SoftmaxStep& s, const float* weights) {
+  static_assert(kStreamTile == 4 * 2 * kLanes);
+  switch ((s.to - s.from) / (2 * kLanes)) {
+    case 1:
+      return softmax_rows<kPairs, 1>(s, weights);
+    case 2:
+      return softmax_rows<kPairs, 2>(s, weights);
+    case 3:
+      return softmax_rows<kPairs, 3>(s, weights);
+    default:
+      return softmax_rows<kPairs, 4>(s, weights);
   }
 }
 
 }  // namespace
 
-void narrow_softmax(DType dtype, const SoftmaxStep& step) {
-  if (dtype == DType::kBF16) return softmax_rows<true>(step);
-  softmax_rows<false>(step);
+void narrow_softmax(DType dtype, const SoftmaxStep& step, const SlotRun* runs, int n) {
+  if (dtype == DType::kBF16) return softmax_rows<true>(step, nullptr);
+  alignas(64) float weights[kStreamTile + kLanes];
+  float* at = weights;
+  for (const SlotRun* run = runs; run < runs + n; at += run++->count)
+    for (int i = 0; i < run->count; i += kLanes)
+      store(at + i, load_part(run->scales + i, least(run->count - i, kLanes)));
+  for (; at < weights + step.to; at += kLanes) store(at, zero());
+  softmax_rows<false>(step, weights);
 }
 
 namespace {
 
 // ---- values ---------------------------------------------------------------------------------------
 
-// Slots whose digits and interleaved values are alive at a time: 8 KB of values, 1 KB of digits for four rows. Sums of
-// 65535 * 127 stay below 2^31.
+// Slots whose interleaved values are alive at a time: 8 KB of values. Sums of 65535 * 127 stay below 2^31.
 constexpr int kBlock = 128;
 
+// Of each row hi, then lo.
 struct Digits {
-  alignas(64) uint8_t hi[kMaxRows][kBlock], lo[kMaxRows][kBlock];
-  float scale[kMaxRows + 3];  // fours are written
+  static constexpr int kRow = 2 * static_cast<int>(kStreamTile), kLow = static_cast<int>(kStreamTile);
+  const uint8_t* p;
+  const float* scale;
 };
 
 // Up to kBlock slots in runs; only the last four may be fewer.
@@ -156,53 +220,6 @@ struct Block {
   };
   int count, runs;
   Run run[kBlock / 4];
-};
-
-// p[i] = scale (256 hi + lo) for a block of kQ <= 4 rows, zero digits up to the next 64 slots.
-template <int kQ>
-struct TakeDigits {
-  static constexpr int kFour = 4 * kLanes;
-
-  [[gnu::noinline]] static void run(int first_row, const float* p, int64_t ld, const float* largest, int count,
-                                    Digits& digits) {
-    Vec most[4] = {zero(), zero(), zero(), zero()};
-    for (int i = 0; i < kQ; ++i) most[i] = load(largest + (first_row + i) * kLanes);
-    const __m128 top = _mm512_castps512_ps128(maxima_of<1>(most).v);
-    // So small that its reciprocal overflows: nothing that a sum of probabilities can tell from 0.
-    const __mmask8 some = _mm_cmp_ps_mask(top, _mm_set1_ps(1e-30f), _CMP_GT_OQ);
-    float inverse[4];
-    _mm_storeu_ps(inverse, _mm_maskz_div_ps(some, _mm_set1_ps(65535.0f), top));
-    _mm_storeu_ps(digits.scale + first_row, _mm_maskz_mul_ps(some, _mm_set1_ps(1 / 65535.0f), top));
-#pragma GCC unroll 4
-    for (int i = 0; i < kQ; ++i) {
-      const float* row = p + (first_row + i) * ld;
-      const Vec by = set1(inverse[i]);
-      int s = 0;
-      for (; s + kFour <= count; s += kFour) split<4, true>(row + s, kFour, by, digits, first_row + i, s);
-      if (count - s == 2 * kLanes)
-        split<2, true>(row + s, 2 * kLanes, by, digits, first_row + i, s);
-      else if (s < count)
-        split<4, false>(row + s, count - s, by, digits, first_row + i, s);
-    }
-  }
-
-  template <int kVectors, bool kFull>
-  static void split(const float* p, int live, Vec by, Digits& digits, int row, int s) {
-    // Packing leaves four slots together, and fours 4 v + l at word 4 l + v.
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i low = _mm512_set1_epi16(255);
-    __m512i t[4] = {};
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j, live -= kLanes) {
-      const Vec x = kFull ? load(p + j * kLanes) : load_part(p + j * kLanes, live < 0 ? 0 : least(live, kLanes));
-      t[j] = _mm512_cvtps_epi32((x * by).v);
-    }
-    const __m512i a = _mm512_packus_epi32(t[0], t[1]), b = _mm512_packus_epi32(t[2], t[3]);
-    const __m512i hi = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
-    const __m512i lo = _mm512_packus_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low));
-    _mm512_store_si512(digits.hi[row] + s, _mm512_permutexvar_epi32(order, hi));
-    _mm512_store_si512(digits.lo[row] + s, _mm512_permutexvar_epi32(order, lo));
-  }
 };
 
 // Four slots' codes side by side in a word, for 64 columns. Columns stay within their quarter of a row: word 4l + i of
@@ -252,37 +269,52 @@ struct DigitValues {
     __m512i hi[kQ * kW], lo[kQ * kW];
 #pragma GCC unroll 16
     for (int i = 0; i < kQ * kW; ++i) hi[i] = lo[i] = _mm512_setzero_si512();
-    const uint8_t *ph = digits.hi[first_row], *pl = digits.lo[first_row];
+    const uint8_t* p = digits.p + first_row * Digits::kRow;
     int left = block.count;
     for (int r = 0; r < block.runs; ++r) {
       const int quads = block.run[r].quads;
       const char* next = block.run[r].next + from * quads * 64;
       const int8_t* codes = block.run[r].codes + c;
-      for (int g = 0; g < quads; ++g, values += 4, ph += 4, pl += 4) {
-        if (kFirst && kLines > 1) next = once_here(next, codes);
+      // A row's kSteps quads after each other: a sum that is taken up soon is not read from the registers, whose ports
+      // the stores of interleaved values need (else they take a cycle each from the products).
+      const auto quads_of = [&](auto steps) __attribute__((always_inline)) {
+        constexpr int kSteps = steps();
+        __m512i v[kSteps][4];
+#pragma GCC unroll 2
+        for (int x = 0; x < kSteps; ++x) {
+          if (kFirst && kLines > 1) next = once_here(next, codes);
 #pragma GCC unroll 4
-        for (int l = 0; l < kLines; ++l, next += 64) prefetch(next);
-        __m512i v[4];
-        if constexpr (kFirst) {
-          interleave(codes, d, left, v);
-          codes += 4 * d;
-          left -= 4;
+          for (int l = 0; l < kLines; ++l, next += 64) prefetch(next);
+          if constexpr (kFirst) {
+            interleave(codes, d, left, v[x]);
+            codes += 4 * d;
+            left -= 4;
 #pragma GCC unroll 4
-          for (int w = 0; w < 4; ++w) _mm512_store_si512(values + w, v[w]);
-        } else {
+            for (int w = 0; w < 4; ++w) _mm512_store_si512(values + x * 4 + w, v[x][w]);
+          } else {
 #pragma GCC unroll 4
-          for (int w = 0; w < kW; ++w) v[w] = words(values + w);
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < kQ; ++i) {
-          const __m512i h = word(ph + i * kBlock), l = word(pl + i * kBlock);
-#pragma GCC unroll 4
-          for (int w = 0; w < kW; ++w) {
-            add_quads(hi[i * kW + w], h, v[w]);
-            add_quads(lo[i * kW + w], l, v[w]);
+            for (int w = 0; w < kW; ++w) v[x][w] = words(values + x * 4 + w);
           }
         }
-      }
+#pragma GCC unroll 4
+        for (int i = 0; i < kQ; ++i)
+#pragma GCC unroll 2
+          for (int x = 0; x < kSteps; ++x) {
+            const uint8_t* digit = p + i * Digits::kRow + x * 4;
+            const __m512i h = word(digit), l = word(digit + Digits::kLow);
+#pragma GCC unroll 4
+            for (int w = 0; w < kW; ++w) {
+              add_quads(hi[i * kW + w], h, v[x][w]);
+              add_quads(lo[i * kW + w], l, v[x][w]);
+            }
+          }
+        values += kSteps * 4;
+        p += kSteps * 4;
+      };
+      int g = 0;
+      if constexpr (kFirst && kW == 2)
+        for (; g + 2 <= quads; g += 2) quads_of(std::integral_constant<int, 2>());
+      for (; g < quads; ++g) quads_of(std::integral_constant<int, 1>());
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kQ; ++i)
@@ -295,16 +327,12 @@ struct DigitValues {
   }
 };
 
-void add_block(const Block& block, int d, const float* p, int64_t ld, const float* largest, int rows, float* out,
-               int64_t ld_out) {
-  Digits digits;
+void add_block(const Block& block, int d, const Digits& digits, int rows, float* out, int64_t ld_out) {
   __m512i values[kBlock];
-  each_group<4, TakeDigits>(rows, p, ld, largest, block.count, digits);
   for (int c = 0; c < d; c += 64) each_group<4, DigitValues>(rows, values, block, digits, out, ld_out, rows, d, c);
 }
 
-void digit_values(const SlotRun* runs, int n, int d, const float* p, int64_t ld, const float* largest, int rows,
-                  float* out, int64_t ld_out) {
+void digit_values(const SlotRun* runs, int n, int d, Digits digits, int rows, float* out, int64_t ld_out) {
   Block block;
   int slots = 0, parts = 0;
   for (int i = 0; i < n; ++i) {
@@ -318,8 +346,8 @@ void digit_values(const SlotRun* runs, int n, int d, const float* p, int64_t ld,
       if (!last && slots % 4 == 0 && slots < kBlock) continue;
       block.count = slots;
       block.runs = parts;
-      add_block(block, d, p, ld, largest, rows, out, ld_out);
-      p += slots;
+      add_block(block, d, digits, rows, out, ld_out);
+      digits.p += slots;
       slots = parts = 0;
     }
   }
@@ -391,14 +419,14 @@ struct PairValues {
 
 }  // namespace
 
-void narrow_values(DType dtype, const SlotRun* runs, int n, int d, const void* p, int64_t ld, const float* largest,
-                   int rows, float* out, int64_t ld_out) {
+void narrow_values(DType dtype, const SlotRun* runs, int n, int d, const void* p, const float* digit_scale, int rows,
+                   float* out, int64_t ld_out) {
   if (dtype == DType::kI8)
-    return digit_values(runs, n, d, static_cast<const float*>(p), ld, largest, rows, out, ld_out);
+    return digit_values(runs, n, d, {static_cast<const uint8_t*>(p), digit_scale}, rows, out, ld_out);
   const auto* weights = static_cast<const uint16_t*>(p);
   for (int i = 0; i < n; weights += runs[i++].count)
-    each_group<8, PairValues>(rows, static_cast<const uint16_t*>(runs[i].codes), runs[i].count, d, weights, ld, out,
-                              ld_out, static_cast<const char*>(runs[i].next));
+    each_group<8, PairValues>(rows, static_cast<const uint16_t*>(runs[i].codes), runs[i].count, d, weights, kStreamTile,
+                              out, ld_out, static_cast<const char*>(runs[i].next));
 }
 
 void narrow_restore(DType dtype, float* sums, int64_t ld, int rows, int d) {

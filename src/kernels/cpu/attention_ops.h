@@ -19,6 +19,10 @@ inline constexpr int kRowBlock = 48;
 // Vector stores may run past a row's end up to here; row strides are multiples of it.
 inline constexpr int kPad = 32;
 
+// Slots whose scores the streaming path holds at most. Rows twice as far apart took so much of L1 that with eight query
+// heads lines asked for ahead were gone before their use.
+inline constexpr int64_t kStreamTile = 128;
+
 // Rows of a triangle and values that a register tile of triangle_products takes: 4 x 6 vectors of sums, 4
 // broadcasts and a vector of values in AVX-512. 96 values of 64 floats are half of L1.
 inline constexpr int kTriangleRows = 4;
@@ -42,10 +46,7 @@ struct SoftmaxStep {
   float* sum;             // [rows] running sum of p
   float* shrink;          // [rows] out: factor for what was accumulated before this step
   void* p;                // [rows] of stride `ld`: f32 (may be `scores`) or bf16, 0 where not visible
-  // NarrowOps over int8 only: p is stored times weights[column], which `sum` does not see; largest [rows, 16] has the
-  // maxima of what is stored, column by column.
-  const float* weights = nullptr;
-  float* largest = nullptr;
+  float* digit_scale = nullptr;  // [rows] out, NarrowOps over int8 only
 };
 
 // Matrix products of a tile. Operand elements are f32, or bf16 in pairs. The packed operand is made of
@@ -74,6 +75,7 @@ struct TileOps {
 // Slots that lie behind each other, and where the part to be read later starts that they ask for (null: nowhere).
 struct SlotRun {
   const void* codes;
+  const float* scales;  // for int8
   int count;
   const void* next;
 };
@@ -85,15 +87,17 @@ struct NarrowOps {
   // Queries [rows, d] of stride ldq -> what `scores` reads, query_bytes long.
   int64_t (*query_bytes)(DType dtype, int rows, int d);
   void (*prepare)(DType dtype, const float* q, int64_t ldq, int rows, int d, void* query);
-  // As stream_scores and stream_values below, values run by run; p is f32, weighted by the values' scales, for int8
-  // codes, bf16 for bf16. The columns of out are in an order of their own until `restore`.
-  void (*scores)(DType dtype, const void* codes, const float* scales, int count, int d, const void* query, int rows,
-                 float* scores, int64_t ld, const void* next);
-  // `step.sum` is [rows, 16]: sums that are added up at the end; step.max may be exceeded by 8.
-  void (*softmax)(DType dtype, const SoftmaxStep& step);
-  // `largest` as softmax left it, for int8.
-  void (*values)(DType dtype, const SlotRun* runs, int n, int d, const void* p, int64_t ld, const float* largest,
-                 int rows, float* out, int64_t ld_out);
+  // As stream_scores and stream_values below, run by run. The columns of out are in an order of their own until
+  // `restore`.
+  void (*scores)(DType dtype, const SlotRun* runs, int n, int d, const void* query, int rows, float* scores,
+                 int64_t ld);
+  // `step.sum` is [rows, 16]: sums that are added up at the end; step.max may be exceeded by 8. step.p is bf16 for bf16
+  // codes. For int8 it is weighted by the scales of `values`' runs, which `sum` does not see, and in two digits:
+  // step.ld bytes each of hi, then lo, digit_scale[row] * (256 hi + lo), and up to 64 columns are written.
+  void (*softmax)(DType dtype, const SoftmaxStep& step, const SlotRun* runs, int n);
+  // p and digit_scale as softmax left them, rows kStreamTile columns apart.
+  void (*values)(DType dtype, const SlotRun* runs, int n, int d, const void* p, const float* digit_scale, int rows,
+                 float* out, int64_t ld_out);
   void (*restore)(DType dtype, float* out, int64_t ld_out, int rows, int d);
 };
 

@@ -12,8 +12,8 @@ namespace {
 
 // Slots whose scores a streaming item holds at a time: one page, so that memory is read in the order it
 // lies in (15 % faster than the keys of eight pages before their values), but not fewer than are worth a
-// softmax step, nor more than fit in a third of L1 (16 rows * 256 * 4 B = 16 KB).
-constexpr int64_t kLeastStreamTile = 32, kWideStreamTile = 128, kStreamTile = 256;
+// softmax step, nor more than kStreamTile, which fit in a sixth of L1 (16 rows * 128 * 4 B = 8 KB).
+constexpr int64_t kLeastStreamTile = 32, kWideStreamTile = 128;
 // Slots from the one in use to the one that is asked for.
 constexpr int64_t kLanesAhead = 32;
 
@@ -120,11 +120,10 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
   const DType dtype = job.layout.dtype;
   const NarrowOps* narrow = job.narrow(item) ? job.narrow_ops : nullptr;
   auto* narrow_q = carve.take<std::byte>(narrow ? narrow->query_bytes(dtype, m, job.d()) : 0);
-  // Probabilities in bf16 pairs lie apart from the scores.
-  const bool pairs = narrow && dtype == DType::kBF16;
-  auto* narrow_p = carve.take<uint16_t>(pairs ? rows * kStreamTile : 0);
+  // Probabilities in bf16 or digits lie apart from the scores.
+  auto* narrow_p = carve.take<uint16_t>(narrow ? rows * kStreamTile : 0);
   auto* narrow_total = carve.take<float>(narrow ? rows * 16 : 0);
-  auto* largest = carve.take<float>(narrow ? rows * 16 : 0);
+  auto* digit_scale = carve.take<float>(narrow ? rows : 0);
 
   for (int64_t t = 0; t < tokens; ++t)
     job.ops.f32.rows(DType::kF32, job.query(s, item.head, item.token_begin + t), nullptr, job.group, job.d(),
@@ -136,7 +135,7 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
   visible_slots(job, item, begin, end);
 
   std::fill_n(narrow_total, narrow ? rows * 16 : 0, 0.0f);
-  void* p = pairs ? static_cast<void*>(narrow_p) : scores;
+  void* p = narrow ? static_cast<void*>(narrow_p) : scores;
   const int64_t tile = tile_slots(job, item);
   const int64_t last = end[tokens - 1];
   const auto shrink_sums = [&] {
@@ -144,49 +143,57 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
       if (shrink[i] != 1.0f) job.ops.scale_row(sums + i * ld, shrink[i], ld, sums + i * ld);
   };
   Ahead ahead(job, item, begin[0]);
+  SlotRun runs[kStreamTile];
+  const auto runs_of = [&](KvPart part, int64_t from, int64_t to) {
+    // As stretch() finds them, but with one division for all.
+    const PageMap& map = job.pages;
+    const auto p = static_cast<size_t>(part);
+    const auto first = static_cast<uint32_t>(from);
+    auto left = static_cast<uint32_t>(to - from);
+    int n = 0;
+    for (uint32_t page = first / map.slots, at = first % map.slots; left > 0; ++page, at = 0) {
+      const std::byte* base = head.pages[page];
+      const uint32_t count = std::min(map.slots - at, left);
+      left -= count;
+      runs[n++] = {base + map.codes[p] + at * map.row_bytes, reinterpret_cast<const float*>(base + map.scales[p]) + at,
+                   static_cast<int>(count), ahead.next()};
+    }
+    return n;
+  };
+  int64_t seen = 0;  // columns of the last tile, if all rows saw all of them
   for (int64_t slot = begin[0], slot_end; slot < last; slot = slot_end) {
     slot_end = std::min(slot / tile * tile + tile, last);
-    for (int64_t at = slot; at < slot_end;) {
-      const KvStretch k = stretch(job.pages, head, KvPart::kKeys, at, slot_end);
-      const auto count = static_cast<int>(k.count);
-      const std::byte* next = ahead.next();
-      float* to = scores + (at - slot);
-      if (narrow)
-        narrow->scores(dtype, k.codes, k.scales, count, job.d(), narrow_q, m, to, kStreamTile, next);
-      else
-        job.ops.stream_scores(dtype, k.codes, k.scales, count, job.d(), q, ld, m, to, kStreamTile, next);
-      at += k.count;
+    const int keys = runs_of(KvPart::kKeys, slot, slot_end);
+    if (narrow) {
+      narrow->scores(dtype, runs, keys, job.d(), narrow_q, m, scores, kStreamTile);
+    } else {
+      float* at = scores;
+      for (const SlotRun* k = runs; k < runs + keys; at += k++->count)
+        job.ops.stream_scores(dtype, k->codes, k->scales, k->count, job.d(), q, ld, m, at, kStreamTile, k->next);
     }
-    row_ranges(begin, end, 0, rows, job.group, slot, slot_end - slot, row_begin, row_end);
+    // Most tiles are seen as the one before.
+    const bool all = begin[tokens - 1] <= slot && end[0] >= slot_end;
+    if (!all || seen != slot_end - slot) {
+      row_ranges(begin, end, 0, rows, job.group, slot, slot_end - slot, row_begin, row_end);
+      seen = all ? slot_end - slot : 0;
+    }
     const auto to = static_cast<int>(round_up(slot_end - slot, kPad));
     SoftmaxStep step{scores, kStreamTile, m, row_begin, row_end, 0, to, job.scale, max, total, shrink, p};
     if (!narrow) {
       job.ops.f32.softmax(step);
       shrink_sums();
-      for (int64_t at = slot; at < slot_end;) {
-        const KvStretch v = stretch(job.pages, head, KvPart::kValues, at, slot_end);
-        const auto count = static_cast<int>(v.count);
-        job.ops.stream_values(dtype, v.codes, v.scales, count, job.d(), scores + (at - slot), kStreamTile, m, sums, ld,
-                              ahead.next());
-        at += v.count;
-      }
+      const int n = runs_of(KvPart::kValues, slot, slot_end);
+      float* at = scores;
+      for (const SlotRun* v = runs; v < runs + n; at += v++->count)
+        job.ops.stream_values(dtype, v->codes, v->scales, v->count, job.d(), at, kStreamTile, m, sums, ld, v->next);
       continue;
     }
-    SlotRun runs[kStreamTile];
-    alignas(64) float weights[kStreamTile];
-    int n = 0;
-    for (int64_t at = slot; at < slot_end; at += runs[n++].count) {
-      const KvStretch v = stretch(job.pages, head, KvPart::kValues, at, slot_end);
-      runs[n] = {v.codes, static_cast<int>(v.count), ahead.next()};
-      if (v.scales) std::copy_n(v.scales, v.count, weights + (at - slot));
-    }
-    std::fill(weights + (slot_end - slot), weights + to, 0.0f);
+    const int n = runs_of(KvPart::kValues, slot, slot_end);
     step.sum = narrow_total;
-    step.weights = weights;
-    step.largest = largest;
-    narrow->softmax(dtype, step);
+    step.digit_scale = digit_scale;
+    narrow->softmax(dtype, step, runs, n);
     shrink_sums();
-    narrow->values(dtype, runs, n, job.d(), p, kStreamTile, largest, m, sums, ld);
+    narrow->values(dtype, runs, n, job.d(), p, digit_scale, m, sums, ld);
   }
   if (narrow) {
     narrow->restore(dtype, sums, ld, m, job.d());
