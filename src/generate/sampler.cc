@@ -6,6 +6,40 @@
 #include "base/error.h"
 
 namespace lacuna {
+namespace {
+
+// The first of the largest logits; NaNs are none. Sixteen maxima side by side, since one would be a chain of as many
+// comparisons as there are logits, and the place is looked for in one stretch only.
+size_t argmax(std::span<const float> logits) {
+  constexpr size_t kSide = 16, kStretch = 256;
+  size_t best = 0, end = logits.size();
+  float top = -INFINITY;
+  for (size_t at = 0; at + kStretch <= logits.size(); at += kStretch) {
+    float most[kSide];
+    std::fill_n(most, kSide, -INFINITY);
+    for (size_t i = 0; i < kStretch; i += kSide)
+      for (size_t j = 0; j < kSide; ++j) most[j] = logits[at + i + j] > most[j] ? logits[at + i + j] : most[j];
+    for (const float x : most)
+      if (x > top) {
+        top = x;
+        best = at;
+      }
+  }
+  if (top > -INFINITY) {
+    const size_t rest = logits.size() / kStretch * kStretch;
+    const auto larger = [top](float x) { return x > top; };
+    if (std::any_of(logits.begin() + static_cast<std::ptrdiff_t>(rest), logits.end(), larger))
+      best = rest;
+    else
+      end = best + kStretch;
+  }
+  while (best + 1 < end && std::isnan(logits[best])) ++best;
+  for (size_t i = best + 1; i < end; ++i)
+    if (logits[i] > logits[best]) best = i;
+  return best;
+}
+
+}  // namespace
 
 Sampler::Sampler(const SamplingParams& params) : params_(params), rng_(params.seed) { validate(params); }
 
@@ -64,14 +98,7 @@ void Sampler::filter(std::span<const float> logits) {
 
 int32_t Sampler::sample(std::span<float> logits, std::span<const int32_t> history) {
   penalise(logits, history);
-  if (params_.temperature == 0) {
-    size_t best = 0;
-    while (best + 1 < logits.size() && std::isnan(logits[best])) ++best;
-    float top = logits[best];
-    for (size_t i = best + 1; i < logits.size(); ++i)
-      if (logits[i] > top) top = logits[best = i];
-    return static_cast<int32_t>(best);
-  }
+  if (params_.temperature == 0) return static_cast<int32_t>(argmax(logits));
   filter(logits);
   double total = 0;
   for (double w : weights_) total += w;
@@ -85,7 +112,7 @@ std::vector<double> Sampler::probabilities(std::span<float> logits, std::span<co
   penalise(logits, history);
   std::vector<double> p(logits.size(), 0.0);
   if (params_.temperature == 0) {
-    p[static_cast<size_t>(std::max_element(logits.begin(), logits.end()) - logits.begin())] = 1.0;
+    p[argmax(logits)] = 1.0;
     return p;
   }
   filter(logits);

@@ -1,6 +1,7 @@
 #include "models/cola.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -29,7 +30,14 @@ KvCacheShape kv_shape(int layers, int heads, int head_dim, const KvOptions& opti
 
 // Index of the first value that is not finite; n if all are.
 int64_t first_odd(const float* x, int64_t n) {
+  // Stretches without one are found out at once: logits are tens of thousands.
+  constexpr int64_t kStretch = 64;
   int64_t i = 0;
+  for (; i + kStretch <= n; i += kStretch) {
+    uint32_t odd = 0;
+    for (int64_t j = 0; j < kStretch; ++j) odd |= (std::bit_cast<uint32_t>(x[i + j]) & 0x7f800000u) == 0x7f800000u;
+    if (odd) break;
+  }
   while (i < n && std::isfinite(x[i])) ++i;
   return i;
 }

@@ -166,7 +166,7 @@ bool LatentAttention::Pace::apart(const Division& d) {
 void LatentAttention::Pace::took(bool apart, double ns, const Division& d) {
   // Interruptions only ever add: a longer time is believed bit by bit.
   double& pace = ns_[apart];
-  pace = pace > 0 ? std::min(ns / d.work, pace * 1.05) : ns / d.work;
+  pace = pace > 0 ? std::min(ns / d.work, pace * 1.01) : ns / d.work;
 }
 
 void LatentAttention::append(Context& ctx, int layer, int64_t first, int64_t rows, float* qkv, bool queries) const {

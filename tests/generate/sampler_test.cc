@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <random>
 #include <numeric>
 
 #include "base/error.h"
@@ -12,6 +13,28 @@ namespace {
 
 std::vector<double> probabilities(SamplingParams p, std::vector<float> logits, std::vector<int32_t> history = {}) {
   return Sampler(p).probabilities(logits, history);
+}
+
+TEST(Sampler, GreedyTakesTheFirstOfTheLargestWhereverItStands) {
+  std::mt19937 random(3);
+  SamplingParams p;
+  p.temperature = 0;
+  Sampler greedy(p);
+  for (int round = 0; round < 2000; ++round) {
+    std::vector<float> logits(1 + random() % 1100);
+    // Few values, so that there are equals, and NaNs and infinities among them.
+    const int kinds = 1 + static_cast<int>(random() % 6);
+    for (float& x : logits) {
+      const auto kind = static_cast<int>(random() % static_cast<unsigned>(kinds));
+      x = kind == 4 ? NAN : kind == 5 ? -INFINITY : static_cast<float>(random() % 300) - 200.0f;
+    }
+    if (round % 3 == 0) logits[random() % logits.size()] = 500;
+    size_t best = 0;
+    while (best + 1 < logits.size() && std::isnan(logits[best])) ++best;
+    for (size_t i = best + 1; i < logits.size(); ++i)
+      if (logits[i] > logits[best]) best = i;
+    ASSERT_EQ(greedy.sample(logits, {}), static_cast<int32_t>(best)) << logits.size();
+  }
 }
 
 TEST(Sampler, GreedyTakesTheLowestOfEqualIds) {
