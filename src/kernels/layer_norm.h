@@ -31,6 +31,10 @@ struct RowTable {
 void adaptive_norm(Context& ctx, const LayerNorm& norm, const float* x, int64_t m, int64_t d, const RowTable& shift_scale,
                    float* y);
 
+// x[m, d] += branch[m, d] * gate, as add_gated() does, then y = adaptive_norm() of x, in one pass. y is not x.
+void gated_norm(Context& ctx, const float* branch, const RowTable& gate, const LayerNorm& norm, float* x, int64_t m,
+                int64_t d, const RowTable& shift_scale, float* y);
+
 // y[m, d] += x[m, d] * gate, a gate of d values for each row. Dense rows.
 void add_gated(Context& ctx, const float* x, int64_t m, int64_t d, const RowTable& gate, float* y);
 

@@ -104,11 +104,24 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
   const auto at = [&](int layer, int64_t part, int64_t first) {
     return RowTable{table.layer(layer) + part * d, 6 * d, timestep + first};
   };
+  // What a layer's norm of its input, or the last norm, makes of the residual stream lies in `normed` when it is
+  // entered.
+  const auto into = [&](int layer, int64_t first) {
+    return layer < layers ? at(layer, 0, first) : RowTable{table.final(), 2 * d, timestep + first};
+  };
+  const auto norm_into = [&](int layer) -> const LayerNorm& { return layer < layers ? plain : final_norm_; };
+  const auto add_and_norm = [&](Context& c, const RowTable& gate, const LayerNorm& norm, const RowTable& shift_scale,
+                                int64_t first, int64_t n, const char* name, int layer) {
+    float *h = hidden + first * d, *b = branch + first * d, *to = normed + first * d;
+    if (!show) return gated_norm(c, b, gate, norm, h, n, d, shift_scale, to);
+    add_gated(c, b, n, d, gate, h);
+    show("dit", name, layer, h, d, d);
+    adaptive_norm(c, norm, h, n, d, shift_scale, to);
+  };
   const auto enter = [&](Context& c, int layer, int64_t first, int64_t n) {
     const Layer& l = layers_[static_cast<size_t>(layer)];
-    float *h = hidden + first * d, *norm = normed + first * d, *q = qkv + first * 3 * inner, *k = q + inner;
+    float *norm = normed + first * d, *q = qkv + first * 3 * inner, *k = q + inner;
     c.layer = layer;
-    adaptive_norm(c, plain, h, n, d, at(layer, 0, first), norm);
     if (show) show("dit", "msa_in", layer, norm, d, d);
     linear(c, l.qkv, norm, n, q);
     const bool queries = v || layer + 1 < layers;
@@ -121,30 +134,25 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
   };
   const auto leave = [&](Context& c, int layer, int64_t first, int64_t n) {
     const Layer& l = layers_[static_cast<size_t>(layer)];
-    float *h = hidden + first * d, *norm = normed + first * d, *b = branch + first * d,
-          *w = wide + first * config_.mlp_dim;
+    float *norm = normed + first * d, *b = branch + first * d, *w = wide + first * config_.mlp_dim;
     c.layer = layer;
     linear(c, l.out, mixed + first * inner, n, b);
     if (show) show("dit", "attn", layer, b, d, d);
-    add_gated(c, b, n, d, at(layer, 2, first), h);
-    if (show) show("dit", "after_attn", layer, h, d, d);
-
-    adaptive_norm(c, plain, h, n, d, at(layer, 3, first), norm);
+    add_and_norm(c, at(layer, 2, first), plain, at(layer, 3, first), first, n, "after_attn", layer);
     if (show) show("dit", "mlp_in", layer, norm, d, d);
     gelu_mlp(c, l.mlp_in, l.mlp_out, norm, n, w, b);
     if (show) show("dit", "mlp", layer, b, d, d);
-    add_gated(c, b, n, d, at(layer, 5, first), h);
-    if (show) show("dit", "hidden", layer, h, d, d);
+    add_and_norm(c, at(layer, 5, first), norm_into(layer + 1), into(layer + 1, first), first, n, "hidden", layer);
   };
 
   const auto begin = [&](Context& c, int64_t first, int64_t n) {
     float* h = hidden + first * d;
     linear(c, in_, x + first * config_.channels, n, h);
     if (show) show("dit", "hidden", -1, h, d, d);
+    adaptive_norm(c, norm_into(0), h, n, d, into(0, first), normed + first * d);
   };
   const auto end = [&](Context& c, int64_t first, int64_t n) {
     c.layer = -1;
-    adaptive_norm(c, final_norm_, hidden + first * d, n, d, {table.final(), 2 * d, timestep + first}, normed + first * d);
     linear(c, out_, normed + first * d, n, v + first * config_.channels);
   };
   ctx.layer = -1;
@@ -177,7 +185,8 @@ size_t Dit::velocity_bytes() const {
 }
 
 size_t Dit::timestep_bytes() const {
-  size_t n = linear_bytes(time_in_) + linear_bytes(time_hidden_) + linear_bytes(time_out_) + linear_bytes(final_shift_scale_);
+  size_t n =
+      linear_bytes(time_in_) + linear_bytes(time_hidden_) + linear_bytes(time_out_) + linear_bytes(final_shift_scale_);
   for (const Layer& l : layers_)
     n += linear_bytes(l.attn_shift_scale) + linear_bytes(l.attn_gate) + linear_bytes(l.mlp_shift_scale) +
          linear_bytes(l.mlp_gate);

@@ -183,7 +183,17 @@ void layer_norm(const NormRows& rows) {
   float mean[kNormRows], factor[kNormRows];
   for (int r = 0; r < rows.count; ++r) {
     const float* x = rows.x[r];
-    part[r] = row_sum(d, [x](int64_t i, int n) __attribute__((always_inline)) { return load_some(x + i, n); });
+    if (!rows.gated) {
+      part[r] = row_sum(d, [x](int64_t i, int n) __attribute__((always_inline)) { return load_some(x + i, n); });
+      continue;
+    }
+    const float *branch = rows.branch[r], *gate = rows.gate[r];
+    auto* to = const_cast<float*>(x);
+    part[r] = row_sum(d, [=](int64_t i, int n) __attribute__((always_inline)) {
+      const Vec a = fma(load_some(branch + i, n), load_some(gate + i, n), load_some(x + i, n));
+      store_some(to + i, a, n);
+      return a;
+    });
   }
   means_of(part, rows.count, d, mean);
   for (int r = 0; r < rows.count; ++r) {

@@ -9,15 +9,17 @@ namespace lacuna::cpu {
 
 // Layer norms of up to sixteen rows, whose sums are folded together: one after the other they would wait for each fold.
 // n = (x - mean) / sqrt(variance + eps) * weight + bias (each null: 1, 0); y = n, or n * (1 + scale) + shift where
-// shift is not null: d values of each row, scale behind it; added to y if `add`. May be in place.
+// shift is not null: d values of each row, scale behind it; added to y if `add`. May be in place. If `gated`, a row is
+// first added branch * gate, in place.
 inline constexpr int kNormRows = 16;
 struct NormRows {
   int count = 0;
   int64_t d = 0;
   const float *weight = nullptr, *bias = nullptr;
   float eps = 0;
-  bool add = false;
+  bool add = false, gated = false;
   const float* x[kNormRows];
+  const float *branch[kNormRows], *gate[kNormRows];
   const float* shift[kNormRows];
   float* y[kNormRows];
 };
