@@ -48,6 +48,37 @@ TEST(ThreadPool, RunsGiveEveryIndexOnceAndNeighboursToAThread) {
   }
 }
 
+TEST(ThreadPool, LoopsOfAChainFollowEachOther) {
+  for (int threads : {1, 2, 3, 7}) {
+    ThreadPool pool(threads);
+    for (int round = 0; round < 200; ++round) {
+      const std::vector<int64_t> counts = {5, 1, 0, 64, 3, 7};
+      std::vector<std::vector<std::atomic<int>>> seen;
+      for (const int64_t n : counts) seen.emplace_back(static_cast<size_t>(n));
+      std::atomic<int> early{0};
+      pool.parallel_chain(counts, [&](int64_t loop, int64_t i, int thread) {
+        EXPECT_GE(thread, 0);
+        EXPECT_LT(thread, threads);
+        for (int64_t l = 0; l < loop; ++l)
+          for (const auto& n : seen[static_cast<size_t>(l)]) early += n != 1;
+        seen[static_cast<size_t>(loop)][static_cast<size_t>(i)]++;
+      });
+      EXPECT_EQ(early, 0);
+      for (const auto& loop : seen)
+        for (const auto& n : loop) EXPECT_EQ(n, 1);
+    }
+    pool.parallel_chain({}, [](int64_t, int64_t, int) { FAIL(); });
+    // Nobody waits for a loop that will not end.
+    std::atomic<int> later{0};
+    const std::vector<int64_t> three = {8, 20, 8};
+    EXPECT_THROW(pool.parallel_chain(three, [&](int64_t loop, int64_t i, int) {
+      if (loop == 1 && i == 13) throw BadInput("x");
+      later += loop == 2;
+    }), BadInput);
+    EXPECT_EQ(later, 0);
+  }
+}
+
 TEST(ThreadPool, FirstExceptionComesBackAndThePoolLivesOn) {
   ThreadPool pool(2);
   EXPECT_THROW(pool.parallel_for(100, [](int64_t i, int) { if (i == 37) throw BadInput("index {}", i); }), BadInput);

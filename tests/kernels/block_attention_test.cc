@@ -117,6 +117,15 @@ TEST(BlockAttention, RowsInLanesWhateverThePagesAndTheScores) {
           attention(three.ctx, layout, shape, both);
           ASSERT_EQ(out, again);
           ASSERT_EQ(out, other);
+          // The same planned, item by item, for two layers one after the other, whose second finds what the first left.
+          AttentionPlan plan(three.ctx, layout, shape, both);
+          ASSERT_EQ(plan.first_item(0), 0);
+          ASSERT_EQ(plan.first_item(2), plan.items());
+          for (int layer = 0; layer < 2; ++layer) {
+            std::fill(other.begin(), other.end(), NAN);
+            for (int64_t i = plan.first_item(1); i-- > 0;) plan.item(one.ctx, both, i, static_cast<int>(i % 3));
+            ASSERT_EQ(out, other);
+          }
           for (int64_t t = 0; t < tokens; ++t) {
             const int64_t end = std::min((old + t) / block * block + block, old + tokens);
             for (int h = 0; h < kHeads; ++h) {

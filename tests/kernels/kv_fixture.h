@@ -62,7 +62,7 @@ class Head {
     ++length_;
   }
 
-  // The bytes of a slot, in the order K, V, position, scales.
+  // The bytes of a slot, in the order K, V, position, scales; also of one behind those pushed.
   std::vector<std::byte> slot_bytes(int64_t slot) const {
     std::vector<std::byte> out;
     const size_t row = static_cast<size_t>(layout_.head_dim) * dtype_size(layout_.dtype);

@@ -117,6 +117,41 @@ TEST(AdaptiveNorm, TakesEachRowsOwnShiftAndScale) {
   }
 }
 
+TEST(GatedNorm, IsAddGatedAndThenAdaptiveNorm) {
+  for (const Isa isa : isa_levels()) {
+    const ScopedIsa held(isa);
+    EXPECT_TRUE(rc::check([] {
+      const auto m = *rc::gen::inRange<int64_t>(1, 40), d = *rc::gen::inRange<int64_t>(1, 400),
+                 n = *rc::gen::inRange<int64_t>(1, 6);
+      const int64_t stride = 3 * d;
+      const auto size = static_cast<size_t>(m * d);
+      const auto branch = normals(size, 1), table = normals(static_cast<size_t>(n * stride), 2),
+                 weight = normals(static_cast<size_t>(d), 3);
+      std::vector<int32_t> of_row;
+      for (int64_t i = 0; i < m; ++i) of_row.push_back(static_cast<int32_t>(*rc::gen::inRange<int64_t>(0, n)));
+      const LayerNorm norm{*rc::gen::arbitrary<bool>() ? weight.data() : nullptr, nullptr, 1e-5f};
+      const RowTable gate{table.data(), stride, of_row.data()}, shift_scale{table.data() + d, stride, of_row.data()};
+      auto x = normals(size, 4), expected = x;
+      std::vector<float> y(size), expected_y(size);
+      Engine e(*rc::gen::inRange(1, 4)), one(1);
+      gated_norm(e.ctx, branch.data(), gate, norm, x.data(), m, d, shift_scale, y.data());
+      add_gated(one.ctx, branch.data(), m, d, gate, expected.data());
+      adaptive_norm(one.ctx, norm, expected.data(), m, d, shift_scale, expected_y.data());
+      RC_ASSERT(x == expected);
+      RC_ASSERT(y == expected_y);
+    }));
+  }
+  Engine e;
+  float x[16] = {}, y[16] = {};
+  const int32_t zero[2] = {};
+  const RowTable table{x, 0, zero}, none{};
+  const LayerNorm norm{nullptr, nullptr, 1e-5f};
+  EXPECT_THROW(gated_norm(e.ctx, x, table, norm, x, 2, 8, table, x), BadInput);
+  EXPECT_THROW(gated_norm(e.ctx, nullptr, table, norm, x, 2, 8, table, y), BadInput);
+  EXPECT_THROW(gated_norm(e.ctx, x, none, norm, x, 2, 8, table, y), BadInput);
+  EXPECT_THROW(gated_norm(e.ctx, x, table, norm, x, 2, 0, table, y), BadInput);
+}
+
 TEST(GeluTanh, MatchesDoubleOverTheWholeRange) {
   for (const Isa isa : isa_levels()) {
     const ScopedIsa held(isa);
