@@ -42,6 +42,8 @@ struct Context {
   ActivationType activations = ActivationType::kBF16;
   TraceSink* trace = nullptr;  // nullptr: the ledger is off
   int32_t layer = -1;          // set by the model around a layer, copied into records
+  // Set: ops are as long as from the end of the one before, so that the clock is read once for each.
+  std::chrono::steady_clock::time_point* last_op = nullptr;
 
   // Reusable workspace, tag kScratch. Slot pool.size() is shared (whole-op workspace, e.g. a packed
   // activation panel); slots 0 … pool.size()-1 belong to the thread of that index.
@@ -70,12 +72,13 @@ class OpScope {
     if (!ctx_.trace) return;
     record.kind = kind;
     record.layer = ctx_.layer;
-    start_ = std::chrono::steady_clock::now();
+    start_ = ctx_.last_op ? *ctx_.last_op : std::chrono::steady_clock::now();
   }
   ~OpScope() {
     if (!ctx_.trace) return;
-    record.duration_ns =
-        std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start_).count();
+    const auto end = std::chrono::steady_clock::now();
+    record.duration_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(end - start_).count();
+    if (ctx_.last_op) *ctx_.last_op = end;
     ctx_.trace->record(record);
   }
   bool on() const { return ctx_.trace != nullptr; }

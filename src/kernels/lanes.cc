@@ -32,7 +32,7 @@ int64_t rows_of_piece(int64_t m, int64_t threads) {
 }  // namespace
 
 struct Lanes::Lane : TraceSink {
-  explicit Lane(MemoryAccount& memory) : ctx(memory, 1) {}
+  explicit Lane(MemoryAccount& memory) : ctx(memory, 1) { ctx.last_op = &last_op; }
   void record(const OpRecord& r) override {
     std::vector<OpRecord>& all = records[phase];
     if (at == all.size())
@@ -42,6 +42,7 @@ struct Lanes::Lane : TraceSink {
     ++at;
   }
   Context ctx;
+  std::chrono::steady_clock::time_point last_op;
   // Of one op after the other of a phase, over the lane's pieces. Phases are loops of the chain, steps and mixings.
   std::vector<std::vector<OpRecord>> records;
   size_t phase = 0, at = 0;  // where the piece's next goes
@@ -66,6 +67,7 @@ Context& Lanes::enter(int thread, int64_t phase) {
   Lane& lane = *lanes_[static_cast<size_t>(thread)];
   lane.phase = static_cast<size_t>(phase);
   lane.at = 0;
+  if (lane.ctx.trace) lane.last_op = std::chrono::steady_clock::now();
   return lane.ctx;
 }
 

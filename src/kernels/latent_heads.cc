@@ -11,12 +11,10 @@
 namespace lacuna {
 namespace {
 
-constexpr int kMostHeads = 32;  // of a row whose slots are looked up at once
-
 bool has_body(const KvLayout& layout, const HeadPreparation& how, int heads) {
-  return cpu::prepare_row(cpu_isa()) && layout.dtype == DType::kBF16 && layout.head_dim == cpu::kPreparedDim &&
-         heads <= kMostHeads && how.rotated % 16 == 0 && how.q_norm.weight && how.q_norm.bias && how.k_norm.weight &&
-         how.k_norm.bias;
+  return cpu::prepare_rows(cpu_isa()) && layout.dtype == DType::kBF16 && layout.head_dim == cpu::kPreparedDim &&
+         heads <= cpu::kPreparedHeads && how.rotated % 16 == 0 && how.q_norm.weight && how.q_norm.bias &&
+         how.k_norm.weight && how.k_norm.bias;
 }
 
 }  // namespace
@@ -45,23 +43,21 @@ void prepare_heads(Context& ctx, const KvLayout& layout, const HeadPreparation& 
   if (how.rotated > 0 && (!how.cosine || !how.sine)) throw BadInput("{}: {} rows without angles", kOp, rows);
 
   OpScope scope(ctx, OpKind::kKvAppend);
-  const cpu::PrepareRow body = cpu::prepare_row(cpu_isa());
+  const cpu::PrepareRows body = cpu::prepare_rows(cpu_isa());
   const cpu::PageMap pages(layout);
   const size_t position_offset = layout.position_offset();
   const auto half = how.rotated / 2;
   const int64_t piece = std::max<int64_t>(1, kPieceElements / (3 * width));
   const auto run = [&](int64_t index, int) {
-    std::byte* slots[2 * kMostHeads];
-    cpu::PreparedRow row;
-    row.heads = heads;
-    row.q_weight = how.q_norm.weight;
-    row.q_bias = how.q_norm.bias;
-    row.q_eps = how.q_norm.eps;
-    row.k_weight = how.k_norm.weight;
-    row.k_bias = how.k_norm.bias;
-    row.k_eps = how.k_norm.eps;
-    row.half = half;
-    row.slots = slots;
+    cpu::PreparedRows some;
+    some.heads = heads;
+    some.q_weight = how.q_norm.weight;
+    some.q_bias = how.q_norm.bias;
+    some.q_eps = how.q_norm.eps;
+    some.k_weight = how.k_norm.weight;
+    some.k_bias = how.k_norm.bias;
+    some.k_eps = how.k_norm.eps;
+    some.half = half;
     int64_t at = index * piece;  // of this call's rows
     const int64_t end = std::min(rows, at + piece);
     int64_t before = 0;  // all sequences' rows before s
@@ -71,12 +67,17 @@ void prepare_heads(Context& ctx, const KvLayout& layout, const HeadPreparation& 
       if (skip >= s.tokens) continue;
       for (int64_t t = skip; t < s.tokens && at < end; ++t, ++at) {
         const auto position = static_cast<int32_t>(s.first_position + t);
+        cpu::PreparedRows::Row& row = some.rows[some.count++];
         for (int h = 0; h < heads; ++h) {
           const auto slot = static_cast<uint32_t>(s.heads[h].length + t);
           std::byte* base = s.heads[h].pages[slot / pages.slots];
           const uint32_t in_page = slot % pages.slots;
-          slots[2 * h] = base + pages.codes[0] + in_page * pages.row_bytes;
-          slots[2 * h + 1] = base + pages.codes[1] + in_page * pages.row_bytes;
+          row.key[h] = base + pages.codes[0] + in_page * pages.row_bytes;
+          row.value[h] = base + pages.codes[1] + in_page * pages.row_bytes;
+          for (int64_t line = 0; line < 2 * d; line += 64) {
+            __builtin_prefetch(row.key[h] + line, 1);
+            __builtin_prefetch(row.value[h] + line, 1);
+          }
           std::memcpy(base + position_offset + in_page * 4, &position, 4);
         }
         row.q = queries ? q + at * stride : nullptr;
@@ -84,7 +85,9 @@ void prepare_heads(Context& ctx, const KvLayout& layout, const HeadPreparation& 
         row.v = v + at * stride;
         row.cosine = how.cosine + at * half;
         row.sine = how.sine + at * half;
-        body(row);
+        if (some.count < cpu::kPreparedRows && at + 1 < end) continue;
+        body(some);
+        some.count = 0;
       }
       if (at == end) break;
     }

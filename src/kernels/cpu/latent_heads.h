@@ -1,4 +1,4 @@
-// One row of prepare_heads().
+// A few rows of prepare_heads().
 #pragma once
 
 #include <cstddef>
@@ -10,24 +10,30 @@ namespace lacuna::cpu {
 
 inline constexpr int kPreparedDim = 64;  // of a head that the body takes
 
+// Rows at a time, whose folds overlap.
+inline constexpr int kPreparedRows = 8, kPreparedHeads = 32;
+
 // Heads of kPreparedDim values over a bf16 cache.
-struct PreparedRow {
-  int heads = 0;
-  float* q = nullptr;  // [heads, d]; null: not wanted
-  const float *k = nullptr, *v = nullptr;
+struct PreparedRows {
+  struct Row {
+    float* q;  // [heads, d]; null: not wanted, in any row
+    const float *k, *v;
+    const float *cosine, *sine;                              // [half]
+    std::byte *key[kPreparedHeads], *value[kPreparedHeads];  // their slots
+  };
+  int count = 0, heads = 0;
   const float *q_weight, *q_bias, *k_weight, *k_bias;  // [d]
   float q_eps, k_eps;
-  const float *cosine, *sine;  // [half]
-  int half = 0;                // a multiple of 8
-  std::byte* const* slots = nullptr;  // [heads, 2]: of the key, of the value
+  int half = 0;  // a multiple of 8
+  Row rows[kPreparedRows];
 };
 
-using PrepareRow = void (*)(const PreparedRow& row);
-PrepareRow prepare_row_avx512();
+using PrepareRows = void (*)(const PreparedRows& rows);
+PrepareRows prepare_rows_avx512();
 // Null: none for this machine.
-inline PrepareRow prepare_row(Isa isa) {
+inline PrepareRows prepare_rows(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512Bf16) return prepare_row_avx512();
+  if (isa == Isa::kAvx512Bf16) return prepare_rows_avx512();
 #endif
   return nullptr;
 }
