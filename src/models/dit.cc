@@ -33,7 +33,8 @@ void sinusoid(float t, float* out) {
 Dit::Dit(const ColaDitConfig& config, WeightBinder& weights)
     : config_(config),
       attention_(rope_of(10000), LatentAttention::Pairs::kNeighbours, config.rope_dim, config.layers, config.heads,
-                 config.head_dim, config.block) {
+                 config.head_dim, config.block,
+                 config.dim * (4 * int64_t{config.heads} * config.head_dim + 2 * config.mlp_dim)) {
   const int64_t d = config.dim, inner = attention_.width();
   in_ = weights.linear("txt_in.proj", d, config.channels, true);
   time_in_ = weights.linear("emb_in.proj_in", d, kSinusoid, true);

@@ -61,14 +61,15 @@ AppendGuard::~AppendGuard() {
 }
 
 LatentAttention::LatentAttention(const RopeConfig& rope, Pairs pairs, int rope_dim, int layers, int heads, int head_dim,
-                                 int64_t block)
+                                 int64_t block, int64_t row_weights)
     : rope_(rope, rope_dim, std::numeric_limits<int32_t>::max()),
       pairs_(pairs),
       rope_dim_(rope_dim),
       layers_(layers),
       heads_(heads),
       head_dim_(head_dim),
-      block_(block) {}
+      block_(block),
+      row_weights_(row_weights) {}
 
 void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const float* qkv,
                             float* mixed) {

@@ -55,8 +55,10 @@ class AppendGuard {
 class LatentAttention {
  public:
   enum class Pairs : uint8_t { kHalves, kNeighbours };  // which elements RoPE turns together
-  // RoPE turns the first rope_dim elements of a head (kHalves: all head_dim).
-  LatentAttention(const RopeConfig& rope, Pairs pairs, int rope_dim, int layers, int heads, int head_dim, int64_t block);
+  // RoPE turns the first rope_dim elements of a head (kHalves: all head_dim). row_weights: that a layer multiplies a row
+  // with.
+  LatentAttention(const RopeConfig& rope, Pairs pairs, int rope_dim, int layers, int heads, int head_dim, int64_t block,
+                  int64_t row_weights);
 
   // A step of a stack of layers over some rows of a chunk: step 0 ends with append() to layer 0, step i with what makes
   // layer i's keys and values of layer i - 1's `mixed`, and the last step needs no layer of its own.
@@ -98,8 +100,7 @@ class LatentAttention {
   RopeTable rope_;
   Pairs pairs_;
   int rope_dim_, layers_, heads_, head_dim_;
-  int64_t row_weights_ = 12 * 192 * 192;  // of a layer
-  int64_t block_;
+  int64_t block_, row_weights_;
   const float *cos_ = nullptr, *sin_ = nullptr;  // of the chunk's rows
   // Keys and values of parts without a cache, of one layer.
   Buffer pages_;

@@ -25,7 +25,8 @@ VaeStack::VaeStack(const ColaVaeConfig& config, WeightBinder& weights, const std
     : config_(config),
       part_(part),
       attention_(config.rope, LatentAttention::Pairs::kHalves, config.head_dim, blocks, config.heads,
-                 config.head_dim, config.block) {
+                 config.head_dim, config.block,
+                 config.dim * (4 * config.dim + config.ffn_dim + config.ffn_dim / 2)) {
   const int64_t d = config.dim;
   for (int i = 0; i < blocks; ++i) {
     const std::string at = part + ".blocks." + std::to_string(i) + ".";

@@ -596,33 +596,44 @@ TEST(Cola, BytesAreThoseOfTheLedger) {
   }
 }
 
-// Rows that go through the layers a few at a time, on one thread, have the bits of whole batches: an observer wants
-// those.
+// Rows that go through the layers a few at a time, on one thread, have the bits of whole batches, whether threads meet
+// around every attention or go apart (calls try both): an observer wants those.
 TEST(Cola, RowsOnThreadsOfTheirOwnHaveTheBitsOfTheBatch) {
-  ColaSpec spec;
-  const ColaCheckpoint c(spec, DType::kBF16);
   struct Nobody : ColaObserver {
     void on_tensor(const ColaTap&) override {}
   } nobody;
-  const int64_t bs = spec.block, rows_of[] = {2 * bs, bs, bs, 3 * bs};
-  const Floats x = normals(7 * bs * spec.latent, 1);
-  Floats want_v, want_logits;
-  for (const int threads : {1, 2, 3}) {
-    for (const bool watched : {true, false}) {
-      Engine e(c, threads, {}, 0, ActivationType::kBF16);
-      if (watched) e.model->observe(&nobody);
-      ColaState a = e.state(), b = e.state();
-      const std::vector<LatentRows> rows = {
-          {&a, rows_of[0], bs}, {nullptr, rows_of[1]}, {&b, rows_of[2]}, {nullptr, rows_of[3]}};
-      const TimestepTable table = e.model->make_timesteps(e.ctx, Floats{0, 500});
-      std::vector<int32_t> at(static_cast<size_t>(7 * bs));
-      for (size_t i = 0; i < at.size(); ++i) at[i] = static_cast<int32_t>(i % 2);
-      Floats v(x.size()), logits(static_cast<size_t>(7 * bs * spec.patch * spec.vocab));
-      e.model->velocity(e.ctx, table, at, x.data(), rows, v.data());
-      e.model->decode(e.ctx, x.data(), rows, logits.data());
-      if (want_v.empty()) want_v = v, want_logits = logits;
-      EXPECT_EQ(v, want_v) << threads << watched;
-      EXPECT_EQ(logits, want_logits) << threads << watched;
+  ColaSpec wide;  // whose heads are prepared in one pass
+  wide.head_dim = 64;
+  wide.rope_dim = 48;
+  wide.block = 16;
+  for (const ColaSpec& spec : {ColaSpec{}, wide}) {
+    const ColaCheckpoint c(spec, DType::kBF16);
+    const int64_t bs = spec.block, rows_of[] = {2 * bs, bs, bs, 3 * bs};
+    const Floats x = normals(7 * bs * spec.latent, 1);
+    Floats want_v, want_logits;
+    for (const int threads : {1, 2, 3}) {
+      for (const bool watched : {true, false}) {
+        Engine e(c, threads, {}, 0, ActivationType::kBF16);
+        if (watched) e.model->observe(&nobody);
+        ColaState a = e.state(DType::kBF16), b = e.state(DType::kBF16);
+        std::vector<LatentRows> rows = {
+            {&a, rows_of[0], bs}, {nullptr, rows_of[1]}, {&b, rows_of[2]}, {nullptr, rows_of[3]}};
+        const TimestepTable table = e.model->make_timesteps(e.ctx, Floats{0, 500});
+        std::vector<int32_t> at(static_cast<size_t>(7 * bs));
+        for (size_t i = 0; i < at.size(); ++i) at[i] = static_cast<int32_t>(i % 2);
+        Floats v(x.size()), logits(static_cast<size_t>(7 * bs * spec.patch * spec.vocab));
+        e.model->velocity(e.ctx, table, at, x.data(), rows, v.data());
+        e.model->decode(e.ctx, x.data(), rows, logits.data());
+        rows[0].keep = 0;
+        for (int call = 0; call < 3; ++call) {
+          Floats again(x.size());
+          e.model->velocity(e.ctx, table, at, x.data(), rows, again.data());
+          append(v, again);
+        }
+        if (want_v.empty()) want_v = v, want_logits = logits;
+        EXPECT_EQ(v, want_v) << threads << watched;
+        EXPECT_EQ(logits, want_logits) << threads << watched;
+      }
     }
   }
 }
