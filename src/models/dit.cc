@@ -137,6 +137,8 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
     const Layer& l = layers_[static_cast<size_t>(layer)];
     float *norm = normed + first * d, *b = branch + first * d, *w = wide + first * config_.mlp_dim;
     c.layer = layer;
+    at(layer, 2, first).prefetch(n, 4 * d);
+    into(layer + 1, first).prefetch(n, 2 * d);
     linear(c, l.out, mixed + first * inner, n, b);
     if (show) show("dit", "attn", layer, b, d, d);
     add_and_norm(c, at(layer, 2, first), plain, at(layer, 3, first), first, n, "after_attn", layer);

@@ -15,8 +15,8 @@ inline constexpr int64_t kStreamRows = 16;
 inline constexpr int64_t kLeastLaneRows = 13, kLaneRows = 16;
 inline constexpr float kLn2 = 0.693147180559945309f;
 
-// The work of one thread at a time.
-struct AttentionItem {
+// The work of one thread at a time; with a line of its own, since the thread writes to it.
+struct alignas(64) AttentionItem {
   int64_t sequence, head;
   int64_t token_begin, token_end;
   int64_t slot_begin, slot_end;
@@ -26,7 +26,7 @@ struct AttentionItem {
 };
 
 // Chunks of one head to be put together: items [first, first + chunks).
-struct AttentionMerge {
+struct alignas(64) AttentionMerge {
   int64_t first, chunks;
   int64_t left;  // items that are not done
 };
