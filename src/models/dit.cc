@@ -92,13 +92,21 @@ void Dit::modulate(Context& ctx, std::span<const float> t, float* values, float*
 
 void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const TimestepTable& table,
                   const int32_t* timestep, const float* x, float* v, const ColaShow& show) {
-  const int64_t m = chunk.rows, d = config_.dim, inner = attention_.width();
-  float* hidden = ctx.activation(ActivationSlot::kHidden, static_cast<size_t>(m * d));
-  float* normed = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(m * d));
-  float* qkv = ctx.activation(ActivationSlot::kQuery, static_cast<size_t>(m * 3 * inner));
-  float* mixed = ctx.activation(ActivationSlot::kMixed, static_cast<size_t>(m * inner));
-  float* wide = ctx.activation(ActivationSlot::kGate, static_cast<size_t>(m * config_.mlp_dim));
-  float* branch = ctx.activation(ActivationSlot::kBranch, static_cast<size_t>(m * d));
+  const int64_t d = config_.dim, inner = attention_.width();
+  // Some rows' activations: the residual stream, what a norm makes of it, q | k | v, what attention and the
+  // feed-forward put out.
+  struct Rows {
+    Rows(const LatentAttention::Place& p, int64_t d, int64_t inner)
+        : hidden(p.rows(ActivationSlot::kHidden, d)),
+          normed(p.rows(ActivationSlot::kNormed, d)),
+          qkv(p.rows(ActivationSlot::kQuery, 3 * inner)),
+          mixed(p.rows(ActivationSlot::kMixed, inner)),
+          branch(p.rows(ActivationSlot::kBranch, d)) {}
+    float *hidden, *normed, *qkv, *mixed, *branch;
+  };
+  // Memory for all of them before threads ask for it.
+  const LatentAttention::Place all{ctx, chunk.rows, 0};
+  Rows(all, d, inner), all.rows(ActivationSlot::kGate, config_.mlp_dim);
   const LayerNorm plain{nullptr, nullptr, config_.norm_eps};
   const auto layers = static_cast<int>(layers_.size());
 
@@ -112,19 +120,18 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
   };
   const auto norm_into = [&](int layer) -> const LayerNorm& { return layer < layers ? plain : final_norm_; };
   const auto add_and_norm = [&](Context& c, const RowTable& gate, const LayerNorm& norm, const RowTable& shift_scale,
-                                int64_t first, int64_t n, const char* name, int layer) {
-    float *h = hidden + first * d, *b = branch + first * d, *to = normed + first * d;
-    if (!show) return gated_norm(c, b, gate, norm, h, n, d, shift_scale, to);
-    add_gated(c, b, n, d, gate, h);
-    show("dit", name, layer, h, d, d);
-    adaptive_norm(c, norm, h, n, d, shift_scale, to);
+                                const Rows& r, int64_t n, const char* name, int layer) {
+    if (!show) return gated_norm(c, r.branch, gate, norm, r.hidden, n, d, shift_scale, r.normed);
+    add_gated(c, r.branch, n, d, gate, r.hidden);
+    show("dit", name, layer, r.hidden, d, d);
+    adaptive_norm(c, norm, r.hidden, n, d, shift_scale, r.normed);
   };
-  const auto enter = [&](Context& c, int layer, int64_t first, int64_t n) {
+  const auto enter = [&](Context& c, int layer, int64_t first, int64_t n, const Rows& r) {
     const Layer& l = layers_[static_cast<size_t>(layer)];
-    float *norm = normed + first * d, *q = qkv + first * 3 * inner, *k = q + inner;
+    float *q = r.qkv, *k = q + inner;
     c.layer = layer;
-    if (show) show("dit", "msa_in", layer, norm, d, d);
-    linear(c, l.qkv, norm, n, q);
+    if (show) show("dit", "msa_in", layer, r.normed, d, d);
+    linear(c, l.qkv, r.normed, n, q);
     const bool queries = v || layer + 1 < layers;
     if (!show) return attention_.append(c, layer, first, n, q, queries, l.q_norm, l.k_norm);
     layer_norm(c, l.q_norm, q, n, config_.head_dim, q, LinearMode::kStore, config_.heads, 3 * inner);
@@ -133,43 +140,42 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
     show("dit", "k_norm", layer, k, inner, 3 * inner);
     attention_.append(c, layer, first, n, q, queries);
   };
-  const auto leave = [&](Context& c, int layer, int64_t first, int64_t n) {
+  const auto leave = [&](Context& c, int layer, int64_t first, int64_t n, const Rows& r, float* wide) {
     const Layer& l = layers_[static_cast<size_t>(layer)];
-    float *norm = normed + first * d, *b = branch + first * d, *w = wide + first * config_.mlp_dim;
     c.layer = layer;
     at(layer, 2, first).prefetch(n, 4 * d);
     into(layer + 1, first).prefetch(n, 2 * d);
-    linear(c, l.out, mixed + first * inner, n, b);
-    if (show) show("dit", "attn", layer, b, d, d);
-    add_and_norm(c, at(layer, 2, first), plain, at(layer, 3, first), first, n, "after_attn", layer);
-    if (show) show("dit", "mlp_in", layer, norm, d, d);
-    gelu_mlp(c, l.mlp_in, l.mlp_out, norm, n, w, b);
-    if (show) show("dit", "mlp", layer, b, d, d);
-    add_and_norm(c, at(layer, 5, first), norm_into(layer + 1), into(layer + 1, first), first, n, "hidden", layer);
+    linear(c, l.out, r.mixed, n, r.branch);
+    if (show) show("dit", "attn", layer, r.branch, d, d);
+    add_and_norm(c, at(layer, 2, first), plain, at(layer, 3, first), r, n, "after_attn", layer);
+    if (show) show("dit", "mlp_in", layer, r.normed, d, d);
+    gelu_mlp(c, l.mlp_in, l.mlp_out, r.normed, n, wide, r.branch);
+    if (show) show("dit", "mlp", layer, r.branch, d, d);
+    add_and_norm(c, at(layer, 5, first), norm_into(layer + 1), into(layer + 1, first), r, n, "hidden", layer);
   };
 
-  const auto begin = [&](Context& c, int64_t first, int64_t n) {
-    float* h = hidden + first * d;
-    linear(c, in_, x + first * config_.channels, n, h);
-    if (show) show("dit", "hidden", -1, h, d, d);
-    adaptive_norm(c, norm_into(0), h, n, d, into(0, first), normed + first * d);
+  const auto begin = [&](Context& c, int64_t first, int64_t n, const Rows& r) {
+    linear(c, in_, x + first * config_.channels, n, r.hidden);
+    if (show) show("dit", "hidden", -1, r.hidden, d, d);
+    adaptive_norm(c, norm_into(0), r.hidden, n, d, into(0, first), r.normed);
   };
-  const auto end = [&](Context& c, int64_t first, int64_t n) {
+  const auto end = [&](Context& c, int64_t first, int64_t n, const Rows& r) {
     c.layer = -1;
-    linear(c, out_, normed + first * d, n, v + first * config_.channels);
+    linear(c, out_, r.normed, n, v + first * config_.channels);
   };
   ctx.layer = -1;
   // Between two attentions rows go their own way. With packed weights they go it a few at a time, on one thread;
   // pack() sees to it that a product's body does not depend on how many.
   attention_.run(
       ctx, chunk, layout, v ? layers + 1 : layers,
-      [&](Context& c, int step, int64_t first, int64_t n) {
-        if (step == 0) begin(c, first, n);
-        if (step > 0) leave(c, step - 1, first, n);
-        if (step < layers) enter(c, step, first, n);
-        if (step == layers) end(c, first, n);
+      [&](Context& c, int step, int64_t first, int64_t n, const LatentAttention::Place& place) {
+        const Rows r(place, d, inner);
+        if (step == 0) begin(c, first, n, r);
+        if (step > 0) leave(c, step - 1, first, n, r, place.rows(ActivationSlot::kGate, config_.mlp_dim));
+        if (step < layers) enter(c, step, first, n, r);
+        if (step == layers) end(c, first, n, r);
       },
-      qkv, mixed, panels_ && !show ? &lanes_ : nullptr);
+      panels_ && !show ? &lanes_ : nullptr);
   ctx.layer = -1;
 }
 

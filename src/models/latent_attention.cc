@@ -71,8 +71,7 @@ LatentAttention::LatentAttention(const RopeConfig& rope, Pairs pairs, int rope_d
       block_(block),
       row_weights_(row_weights) {}
 
-void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const float* qkv,
-                            float* mixed) {
+void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout) {
   const int64_t half = rope_dim_ / 2;
   float* cos = ctx.activation(ActivationSlot::kCos, static_cast<size_t>(chunk.rows * half));
   float* sin = ctx.activation(ActivationSlot::kSin, static_cast<size_t>(chunk.rows * half));
@@ -104,7 +103,6 @@ void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayo
   size_t at = 0;
   for (int layer = 0; layer < layers_; ++layer) {
     std::byte* const* own = page_list_.data();
-    int64_t row = 0;
     for (const LatentPart& p : chunk.parts) {
       KvHeadView *before = &before_[at * heads], *after = &after_[at * heads];
       if (p.kv) p.kv->reserve(layer, p.rows);
@@ -114,13 +112,24 @@ void LatentAttention::begin(Context& ctx, const LatentChunk& chunk, const KvLayo
       }
       rows_[at] = {before, p.rows, p.first_position};
       AttentionSequence& s = sequences_[at];
-      s.q = qkv + row * 3 * width();
-      s.out = mixed + row * width();
       s.tokens = p.rows;
       s.first_position = p.first_position;
       s.heads = after;
-      row += p.rows;
       ++at;
+    }
+  }
+}
+
+// Says where the rows of whole parts lie, in all layers.
+void LatentAttention::place(const LatentChunk& chunk, int64_t first, int64_t rows, const Place& place) {
+  const float* q = place.rows(ActivationSlot::kQuery, 3 * width());
+  float* out = place.rows(ActivationSlot::kMixed, width());
+  int64_t row = 0;
+  for (size_t i = 0; i < parts_; row += chunk.parts[i++].rows) {
+    if (row < first || row >= first + rows) continue;
+    for (size_t at = i; at < sequences_.size(); at += parts_) {
+      sequences_[at].q = q + (row - first) * 3 * width();
+      sequences_[at].out = out + (row - first) * width();
     }
   }
 }
@@ -192,8 +201,9 @@ void LatentAttention::append(Context& ctx, int layer, int64_t first, int64_t row
 }
 
 void LatentAttention::run(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, int steps, const Step& step,
-                          const float* qkv, float* mixed, Lanes* lanes) {
-  begin(ctx, chunk, layout, qkv, mixed);
+                          Lanes* lanes) {
+  begin(ctx, chunk, layout);
+  place(chunk, 0, chunk.rows, {ctx, chunk.rows, 0});
   AttentionShape shape;
   shape.query_heads = shape.kv_heads = heads_;
   shape.scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
@@ -201,31 +211,34 @@ void LatentAttention::run(Context& ctx, const LatentChunk& chunk, const KvLayout
   shape.block = block_;
   if (!lanes) {
     for (int s = 0; s < steps; ++s) {
-      step(ctx, s, 0, chunk.rows);
+      step(ctx, s, 0, chunk.rows, {ctx, chunk.rows, 0});
       ctx.layer = s;
       if (s + 1 < steps) attention(ctx, layout, shape, of_layer(sequences_, s));
     }
   } else {
     AttentionPlan plan(ctx, layout, shape, of_layer(sequences_, 0));
+    const Division division = divide(chunk, plan, ctx.pool.size());
+    const bool apart = pace_.apart(division);
     Lanes::Steps all;
     all.steps = steps;
     all.body = [&](Context& lane, int64_t s, int64_t first, int64_t rows) {
-      step(lane, static_cast<int>(s), first, rows);
+      if (!apart) return step(lane, static_cast<int>(s), first, rows, {ctx, chunk.rows, first});
+      const Place own{lane, rows, 0};
+      if (s == 0) place(chunk, first, rows, own);
+      step(lane, static_cast<int>(s), first, rows, own);
     };
     all.items = plan.items();
     all.mix = [&](Context& lane, int64_t s, int64_t item, int thread) {
       lane.layer = static_cast<int32_t>(s);
       plan.item(lane, of_layer(sequences_, s), item, thread);
     };
-    const Division division = divide(chunk, plan, ctx.pool.size());
-    const bool apart = pace_.apart(division);
     const auto start = std::chrono::steady_clock::now();
     if (apart)
       lanes->apart(ctx, pieces_, chunk.rows, all);
     else
       lanes->chain(ctx, chunk.rows, all);
-    pace_.took(apart, std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count(),
-               division);
+    const std::chrono::duration<double, std::nano> taken = std::chrono::steady_clock::now() - start;
+    pace_.took(apart, taken.count(), division);
   }
   for (int layer = 0; layer < layers_; ++layer)
     for (const LatentPart& p : chunk.parts)

@@ -60,14 +60,24 @@ class LatentAttention {
   LatentAttention(const RopeConfig& rope, Pairs pairs, int rope_dim, int layers, int heads, int head_dim, int64_t block,
                   int64_t row_weights);
 
-  // A step of a stack of layers over some rows of a chunk: step 0 ends with append() to layer 0, step i with what makes
-  // layer i's keys and values of layer i - 1's `mixed`, and the last step needs no layer of its own.
-  using Step = std::function<void(Context& ctx, int step, int64_t first, int64_t rows)>;
-  // The chunk through `steps` steps with the attention of layer i between steps i and i + 1: mixed [rows, H * d] of
-  // qkv [rows, 3 * H * d]. `layout` is that of all caches; rows without one are held in it as well, from layer to layer.
-  // With lanes a step sees a few rows at a time, on one thread. Uses the activation slots kCos and kSin.
-  void run(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, int steps, const Step& step, const float* qkv,
-           float* mixed, Lanes* lanes);
+  // Where the activations of some rows lie: in buffers of a context, which hold `held` rows, from row `at` on. Those of a
+  // whole chunk in run()'s context must have been asked for before run().
+  struct Place {
+    Context& home;
+    int64_t held = 0, at = 0;
+    float* rows(ActivationSlot slot, int64_t width) const {
+      return home.activation(slot, static_cast<size_t>(held * width)) + at * width;
+    }
+  };
+  // A step of a stack of layers over rows [first, first + rows) of a chunk: step 0 ends with append() to layer 0, step i
+  // with what makes layer i's keys and values of layer i - 1's results, and the last step needs no layer of its own.
+  using Step = std::function<void(Context& ctx, int step, int64_t first, int64_t rows, const Place& place)>;
+  // The chunk through `steps` steps with the attention of layer i between steps i and i + 1, from kQuery [rows, 3 * H * d]
+  // to kMixed [rows, H * d]. `layout` is that of all caches; rows without one are held in it as well, from layer to layer.
+  // With lanes a step sees a few rows at a time, on one thread; those of sequences that go apart lie in the lane's own
+  // buffers, since a core's prefetcher takes what follows its rows from the core that has them. Uses the slots kCos and
+  // kSin.
+  void run(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, int steps, const Step& step, Lanes* lanes);
   // Turns k, and q where it is wanted, of `rows` rows of the chunk from `first` on, and puts k and v where the layer's
   // keys and values go; qkv is the first's. Threads may share out the rows.
   void append(Context& ctx, int layer, int64_t first, int64_t rows, float* qkv, bool queries) const;
@@ -78,7 +88,8 @@ class LatentAttention {
   int64_t width() const { return int64_t{heads_} * head_dim_; }
 
  private:
-  void begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, const float* qkv, float* mixed);
+  void begin(Context& ctx, const LatentChunk& chunk, const KvLayout& layout);
+  void place(const LatentChunk& chunk, int64_t first, int64_t rows, const Place& place);
   struct Division {
     double lateness = 0, work = 0;
   };

@@ -24,9 +24,8 @@ void swap_patch(const float* from, int64_t rows, int64_t outer, int64_t inner, f
 VaeStack::VaeStack(const ColaVaeConfig& config, WeightBinder& weights, const std::string& part, int blocks)
     : config_(config),
       part_(part),
-      attention_(config.rope, LatentAttention::Pairs::kHalves, config.head_dim, blocks, config.heads,
-                 config.head_dim, config.block,
-                 config.dim * (4 * config.dim + config.ffn_dim + config.ffn_dim / 2)) {
+      attention_(config.rope, LatentAttention::Pairs::kHalves, config.head_dim, blocks, config.heads, config.head_dim,
+                 config.block, config.dim * (4 * config.dim + config.ffn_dim + config.ffn_dim / 2)) {
   const int64_t d = config.dim;
   for (int i = 0; i < blocks; ++i) {
     const std::string at = part + ".blocks." + std::to_string(i) + ".";
@@ -47,19 +46,20 @@ VaeStack::VaeStack(const ColaVaeConfig& config, WeightBinder& weights, const std
 
 void VaeStack::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout, float* x, bool to_caches,
                        const ColaShow& show) {
-  const int64_t m = chunk.rows, d = config_.dim, f = config_.ffn_dim;
+  const int64_t d = config_.dim, f = config_.ffn_dim;
   const bool post = config_.post_norm;
   if (show) show(part_.c_str(), "hidden", -1, x, d, d);
-  float* normed = ctx.activation(ActivationSlot::kNormed, static_cast<size_t>(m * d));
-  float* qkv = ctx.activation(ActivationSlot::kQuery, static_cast<size_t>(m * 3 * d));
-  float* mixed = ctx.activation(ActivationSlot::kMixed, static_cast<size_t>(m * d));
-  float* both = ctx.activation(ActivationSlot::kGate, static_cast<size_t>(m * f));
-  float* act = ctx.activation(ActivationSlot::kUp, static_cast<size_t>(m * f / 2));
   const auto blocks = static_cast<int>(blocks_.size());
 
-  const auto enter = [&](Context& c, int layer, int64_t first, int64_t n) {
+  // Memory for all rows before threads ask for it.
+  const LatentAttention::Place all{ctx, chunk.rows, 0};
+  for (const auto& [slot, width] :
+       {std::pair{ActivationSlot::kNormed, d}, {ActivationSlot::kGate, f}, {ActivationSlot::kUp, f / 2}})
+    all.rows(slot, width);
+  const auto enter = [&](Context& c, int layer, int64_t first, int64_t n, const LatentAttention::Place& place) {
     const Block& b = blocks_[static_cast<size_t>(layer)];
-    float *h = x + first * d, *norm = normed + first * d, *q = qkv + first * 3 * d, *k = q + d;
+    float *h = x + first * d, *norm = place.rows(ActivationSlot::kNormed, d);
+    float *q = place.rows(ActivationSlot::kQuery, 3 * d), *k = q + d;
     c.layer = layer;
     if (!post) layer_norm(c, b.norm_attn, h, n, d, norm);
     linear(c, b.qkv, post ? h : norm, n, q);
@@ -69,13 +69,14 @@ void VaeStack::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& l
     }
     attention_.append(c, layer, first, n, q, !to_caches || layer + 1 < blocks);
   };
-  const auto leave = [&](Context& c, int layer, int64_t first, int64_t n) {
+  const auto leave = [&](Context& c, int layer, int64_t first, int64_t n, const LatentAttention::Place& place) {
     const Block& b = blocks_[static_cast<size_t>(layer)];
-    float *h = x + first * d, *norm = normed + first * d, *gate = both + first * f, *a = act + first * f / 2;
+    float *h = x + first * d, *norm = place.rows(ActivationSlot::kNormed, d);
+    float *gate = place.rows(ActivationSlot::kGate, f), *a = place.rows(ActivationSlot::kUp, f / 2);
     c.layer = layer;
     // With post_norm the skip branch is normed, not what attention adds to it.
     if (post) layer_norm(c, b.norm_attn, h, n, d, h);
-    linear(c, b.out, mixed + first * d, n, h, LinearMode::kAccumulate);
+    linear(c, b.out, place.rows(ActivationSlot::kMixed, d), n, h, LinearMode::kAccumulate);
 
     if (!post) layer_norm(c, b.norm_ffn, h, n, d, norm);
     linear(c, b.ffn_in, post ? h : norm, n, gate);
@@ -92,11 +93,11 @@ void VaeStack::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& l
   // Rows go their own way between two attentions, as in the DiT.
   attention_.run(
       ctx, chunk, layout, to_caches ? blocks : blocks + 1,
-      [&](Context& c, int step, int64_t first, int64_t n) {
-        if (step > 0) leave(c, step - 1, first, n);
-        if (step < blocks) enter(c, step, first, n);
+      [&](Context& c, int step, int64_t first, int64_t n, const LatentAttention::Place& place) {
+        if (step > 0) leave(c, step - 1, first, n, place);
+        if (step < blocks) enter(c, step, first, n, place);
       },
-      qkv, mixed, blocks_[0].qkv.panels && !show ? &lanes_ : nullptr);
+      blocks_[0].qkv.panels && !show ? &lanes_ : nullptr);
   ctx.layer = -1;
 }
 
@@ -106,7 +107,8 @@ void VaeStack::matrices(std::vector<LinearWeight*>& all) {
 
 size_t VaeStack::bytes() const {
   size_t n = 0;
-  for (const Block& b : blocks_) n += linear_bytes(b.qkv) + linear_bytes(b.out) + linear_bytes(b.ffn_in) + linear_bytes(b.ffn_out);
+  for (const Block& b : blocks_)
+    n += linear_bytes(b.qkv) + linear_bytes(b.out) + linear_bytes(b.ffn_in) + linear_bytes(b.ffn_out);
   return n;
 }
 
