@@ -15,7 +15,8 @@ constexpr int kRows = 8;
 constexpr int kKeys = kHeadSlots;  // whose scores are alive at a time
 
 // digits [d / 8][hi, lo][16] | start [16]: what the sums of lo begin with | scale [16], in the order of scores.
-// Scores, and what comes of them: [pair of slots][16], lane 4 l + 2 k + i is row 2 l + i, slot k of the pair.
+// Scores, and what comes of them: [pair of slots][16], lane 4 l + 2 k + i is row 2 l + i, slot k of the pair. Behind those
+// of a tile: `scale`, by which they are still to be multiplied, and each lane's largest.
 struct HeadQuery {
   HeadQuery(void* base, int d)
       : digits(static_cast<int32_t*>(base)), start(digits + d * 4), scale(reinterpret_cast<float*>(start + kLanes)) {}
@@ -67,10 +68,12 @@ template <int kPair>
 }
 inline __m512 fours(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 
-// Scores of eight keys, for whose lines as many of `next` are asked for.
+constexpr int kScale = kRows * static_cast<int>(kStreamTile), kTop = kScale + kLanes;
+
+// Scores of eight keys, for whose lines as many of `next` are asked for. Returns the larger of them and `top`.
 template <int kD>
-[[gnu::noinline]] void score(const HeadQuery& query, const char* keys, const float* scales, const char* next,
-                             float* out) {
+[[gnu::noinline]] Vec score(const HeadQuery& query, const char* keys, const float* scales, const char* next,
+                            float* out, Vec top) {
   __m512i hi[kKeys], lo[kKeys];
 #pragma GCC unroll 8
   for (int i = 0; i < kKeys; ++i) {
@@ -92,7 +95,6 @@ template <int kD>
         add_quads(lo[i], k, l);
       }
     }
-  const Vec scale = load(query.scale);
 #pragma GCC unroll 4
   for (int i = 0; i < kKeys; i += 2) {
     const __m512 a = reinterpret_cast<__m512>(_mm512_add_epi32(_mm512_slli_epi32(hi[i], 8), lo[i]));
@@ -101,26 +103,33 @@ template <int kD>
     const __m512i odd = reinterpret_cast<__m512i>(_mm512_shuffle_ps(a, b, 0xdd));
     const Vec dot = {_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd))};
     const __m512 four = fours(scales + i / 4 * 4);
-    store(out + i * kRows, dot * ((i % 4 == 0 ? of_pair<0>(four) : of_pair<1>(four)) * scale));
+    const Vec x = dot * (i % 4 == 0 ? of_pair<0>(four) : of_pair<1>(four));
+    store(out + i * kRows, x);
+    top = vmax(x, top);
   }
+  return top;
 }
 
 template <int kD>
 void scores_of(const SlotRun* runs, int n, const HeadQuery& query, float* out) {
+  Vec top = set1(-__builtin_huge_valf());
+  store(out + kScale, load(query.scale));
+  float* const to = out + kTop;
   for (const SlotRun* run = runs; run < runs + n; ++run) {
     const auto* keys = static_cast<const char*>(run->codes);
     const auto* next = static_cast<const char*>(run->next ? run->next : keys);
     int key = 0;
     for (; key + kKeys <= run->count; key += kKeys, out += kKeys * kRows)
-      score<kD>(query, keys + key * kD, run->scales + key, next + key * kD, out);
+      top = score<kD>(query, keys + key * kD, run->scales + key, next + key * kD, out, top);
     const int left = run->count - key;
     if (left == 0) continue;
     alignas(64) char rest[kKeys * kD] = {};
     alignas(64) float scales[kLanes];
     __builtin_memcpy(rest, keys + key * kD, static_cast<size_t>(left * kD));
     store(scales, load_part(run->scales + key, left));
-    score<kD>(query, rest, scales, rest, out);
+    top = score<kD>(query, rest, scales, rest, out, top);
   }
+  store(to, top);
 }
 
 void scores(DType, const SlotRun* runs, int n, int d, const void* query, int, float* out, int64_t) {
@@ -152,8 +161,9 @@ inline Vec of_both(Vec x) { return vmax(x, {_mm512_permute_ps(x.v, 0x4e)}); }
   for (int i = 0; i < s.rows; ++i) store(s.sum + i * kLanes, load(s.sum + i * kLanes) * set1(s.shrink[i]));
 }
 
+// kAll: all rows see all columns.
 template <bool kAll>
-[[gnu::always_inline]] inline void softmax_lanes(const SoftmaxStep& s, const float* weights) {
+[[gnu::always_inline]] inline void softmax_lanes(const SoftmaxStep& s, const SlotRun* runs, int n) {
   alignas(64) float weighted[kStreamTile * kRows];
   const int quads = s.to / 4;
   [[maybe_unused]] __m512i begin, end;
@@ -163,20 +173,15 @@ template <bool kAll>
                                           _mm512_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1));
     return _mm512_mask_cmplt_epi32_mask(_mm512_cmple_epi32_mask(begin, slot), slot, end);
   };
-  Vec top;
-  if constexpr (kAll) {
-    Vec most[2] = {load(s.scores), load(s.scores + kLanes)};
-    for (int g = 1; g < quads; ++g)
-      for (int j = 0; j < 2; ++j) most[j] = vmax(load(s.scores + (2 * g + j) * kLanes), most[j]);
-    top = vmax(most[0], most[1]);
-  } else {
+  Vec top = load(s.scores + kTop);
+  if constexpr (!kAll) {
     begin = _mm512_permutexvar_epi32(rows_of_lanes(), _mm512_maskz_loadu_epi32(first(s.rows), s.begin));
     end = _mm512_permutexvar_epi32(rows_of_lanes(), _mm512_maskz_loadu_epi32(first(s.rows), s.end));
     top = set1(-__builtin_huge_valf());
     for (int c = 0; c < s.to; c += 2)
       top = {_mm512_mask_max_ps(top.v, seen(c), load(s.scores + c * kRows).v, top.v)};
   }
-  const Vec scale = set1(s.scale);
+  const Vec scale = load(s.scores + kScale) * set1(s.scale);
   top = of_both(top) * scale;
   store_part(s.shrink, set1(1.0f), s.rows);
   const __mmask16 above = _mm512_mask_cmp_ps_mask(s.rows == kRows ? 0xffff : 0x5fff, top.v,
@@ -198,10 +203,21 @@ template <bool kAll>
     most[kPair] = vmax(y, most[kPair]);
     store(weighted + at, y);
   };
-  for (int g = 0; g < quads; ++g) {
-    const __m512 four = fours(weights + 4 * g);
-    pair(std::integral_constant<int, 0>(), g, four);
-    pair(std::integral_constant<int, 1>(), g, four);
+  const auto quads_of = [&](int from, int count, const float* weights) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int g = 0; g < count; ++g) {
+      const __m512 four = fours(weights + 4 * g);
+      pair(std::integral_constant<int, 0>(), from + g, four);
+      pair(std::integral_constant<int, 1>(), from + g, four);
+    }
+  };
+  if constexpr (kAll) {
+    int g = 0;
+    for (const SlotRun* run = runs; run < runs + n; g += run++->count / 4) quads_of(g, run->count / 4, run->scales);
+  } else {
+    alignas(64) float weights[kStreamTile + kLanes];
+    copy_scales(runs, n, s.to, weights);
+    quads_of(0, quads, weights);
   }
   const Vec total = sum[0] + sum[1];
   for (int i = 0; i < s.rows; ++i) {
@@ -219,6 +235,7 @@ template <bool kAll>
   // Of two rows' digits of four slots: the first's hi and lo, the second's.
   const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, 3, 7, 11, 15, 2, 6, 10, 14));
   auto* p = static_cast<uint8_t*>(s.p);
+#pragma GCC unroll 4
   for (int g = 0; g < quads; ++g) {
     const __m512i a = _mm512_cvtps_epi32((load(weighted + g * 2 * kLanes) * by).v);
     const __m512i b = _mm512_cvtps_epi32((load(weighted + (g * 2 + 1) * kLanes) * by).v);
@@ -227,14 +244,13 @@ template <bool kAll>
 }
 
 void softmax(DType, const SoftmaxStep& step, const SlotRun* runs, int n) {
-  alignas(64) float weights[kStreamTile + kLanes];
-  copy_scales(runs, n, step.to, weights);
-  bool all = true;
-  for (int i = 0; i < step.rows; ++i) all = all && step.begin[i] <= step.from && step.end[i] >= step.to;
-  if (all)
-    softmax_lanes<true>(step, weights);
+  const __mmask16 rows = first(step.rows);
+  const __m512i begin = _mm512_maskz_loadu_epi32(rows, step.begin), end = _mm512_maskz_loadu_epi32(rows, step.end);
+  if (_mm512_mask_cmpgt_epi32_mask(rows, begin, _mm512_setzero_si512()) == 0 &&
+      _mm512_mask_cmplt_epi32_mask(rows, end, _mm512_set1_epi32(step.to)) == 0)
+    softmax_lanes<true>(step, runs, n);
   else
-    softmax_lanes<false>(step, weights);
+    softmax_lanes<false>(step, runs, n);
 }
 
 constexpr NarrowOps kHeads = {takes, query_bytes, prepare, scores, softmax, quad_values, narrow_restore};

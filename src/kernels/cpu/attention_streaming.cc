@@ -94,14 +94,14 @@ class Ahead {
 
 }  // namespace
 
-// Rows of scores and probabilities: seven take the room of eight where heads lie in lanes.
+// Rows of scores and probabilities: where heads lie in lanes, seven take the room of eight, and two vectors more.
 inline int64_t tile_rows(int64_t rows) { return rows == 7 ? 8 : rows; }
 
 int64_t streaming_workspace(const AttentionJob& job, const AttentionItem& item) {
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item);
   const NarrowOps* narrow = job.narrow(item);
   const int64_t query = narrow ? narrow->query_bytes(job.layout.dtype, static_cast<int>(rows), job.d()) : 0;
-  return 14 * 64 + rows * (2 * job.ld * 4 + 160) + tile_rows(rows) * kStreamTile * 6 + query + tokens * 16;
+  return 16 * 64 + rows * (2 * job.ld * 4 + 160) + tile_rows(rows) * kStreamTile * 6 + query + tokens * 16;
 }
 
 void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, int thread) {
@@ -111,7 +111,7 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
   Carver carve(ctx.workspace<std::byte>(thread, static_cast<size_t>(streaming_workspace(job, item))));
   auto* q = carve.take<float>(rows * ld);
   auto* sums = carve.take<float>(rows * ld);
-  auto* scores = carve.take<float>(tile_rows(rows) * kStreamTile);
+  auto* scores = carve.take<float>(tile_rows(rows) * kStreamTile + 32);
   auto* max = carve.take<float>(rows);
   auto* total = carve.take<float>(rows);
   auto* shrink = carve.take<float>(rows);
