@@ -83,17 +83,26 @@ template <int kD>
   const __m512i flip = _mm512_set1_epi32(static_cast<int>(0x80808080u));
   const int32_t* q = query.digits;
   for (int c = 0; c < kD; c += 64)
-#pragma GCC unroll 8
-    for (int w = 0; w < 8; ++w, q += 2 * kLanes, next += 64) {
+#pragma GCC unroll 4
+    for (int w = 0; w < 8; w += 4) {
       if (w % 4 == 0) next = once_here(next, keys + (c / 64 * 8 + w) * 64);
-      prefetch(next);
-      const __m512i h = words(q), l = words(q + kLanes);
+      __m512i h[4], l[4];
 #pragma GCC unroll 8
-      for (int i = 0; i < kKeys; ++i) {
-        const __m512i k = two_words(flip, keys + i * kD + c + w * 8);
-        add_quads(hi[i], k, h);
-        add_quads(lo[i], k, l);
+      for (int x = 0; x < 4; ++x, q += 2 * kLanes, next += 64) {
+        prefetch(next);
+        h[x] = words(q);
+        l[x] = words(q + kLanes);
       }
+#pragma GCC unroll 8
+      for (int i = 0; i < kKeys; i += 4)
+#pragma GCC unroll 8
+        for (int x = 0; x < 4; ++x)
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) {
+            const __m512i k = two_words(flip, keys + (i + j) * kD + c + (w + x) * 8);
+            add_quads(hi[i + j], k, h[x]);
+            add_quads(lo[i + j], k, l[x]);
+          }
     }
 #pragma GCC unroll 4
   for (int i = 0; i < kKeys; i += 2) {
