@@ -212,9 +212,11 @@ template <bool kAll>
     most[kPair] = vmax(y, most[kPair]);
     store(weighted + at, y);
   };
-  const auto quads_of = [&](int from, int count, const float* weights) __attribute__((always_inline)) {
+  const auto quads_of = [&](int from, int count, const float* weights, const char* next)
+                            __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (int g = 0; g < count; ++g) {
+      if (kAll) prefetch(next + g * 64);
       const __m512 four = fours(weights + 4 * g);
       pair(std::integral_constant<int, 0>(), from + g, four);
       pair(std::integral_constant<int, 1>(), from + g, four);
@@ -222,11 +224,12 @@ template <bool kAll>
   };
   if constexpr (kAll) {
     int g = 0;
-    for (const SlotRun* run = runs; run < runs + n; g += run++->count / 4) quads_of(g, run->count / 4, run->scales);
+    for (const SlotRun* run = runs; run < runs + n; g += run++->count / 4)
+      quads_of(g, run->count / 4, run->scales, static_cast<const char*>(run->next ? run->next : run->codes));
   } else {
     alignas(64) float weights[kStreamTile + kLanes];
     copy_scales(runs, n, s.to, weights);
-    quads_of(0, quads, weights);
+    quads_of(0, quads, weights, nullptr);
   }
   const Vec total = sum[0] + sum[1];
   for (int i = 0; i < s.rows; ++i) {
