@@ -301,6 +301,20 @@ TEST(Attention, HeadsInLanesMatchDouble) {
           }
 }
 
+// Seven and eight rows over int8, of one token or several, that begin within a page.
+TEST(Attention, HeadsInLanesBeginAnywhere) {
+  for (const auto& [group, tokens] : {std::pair(8, 1), {7, 1}, {4, 2}, {1, 7}, {2, 4}})
+    for (const int page : {8, 32, 48})
+      for (const int64_t window : {3, 50, 1001}) {
+        const KvLayout layout{DType::kI8, 64, page};
+        const auto shape = shape_of(2, group, 64, window);
+        Engine e(1, ActivationType::kBF16);
+        Sequence s(layout, {1500, 333}, group, tokens, 1600, 13);
+        run(e, layout, shape, s);
+        EXPECT_LE(error_of(layout, shape, s), 2e-4 * max_value(s)) << group << " heads, page " << page << ", window " << window;
+      }
+}
+
 TEST(Attention, DecodeOverCodesKeepsNanAndHugeScores) {
   FOR_EACH_ISA(isa) {
     for (const auto& [dtype, group] : {std::pair(DType::kBF16, 3), {DType::kI8, 3}, {DType::kI8, 8}}) {
