@@ -218,9 +218,9 @@ TEST(Attention, NarrowSoftmaxMatchesDouble) {
       }
 }
 
-// Heads in lanes, from queries to sums: two steps with larger maxima in the second, slots that some rows do not see, pages
-// whose last one ends anywhere, and nothing but NaN behind what is there. Scores near 20 take up the error of a query's
-// digits.
+// Heads in lanes, from queries to sums: two steps with larger maxima in the second, slots that some rows do not see,
+// pages whose last one ends anywhere, and nothing but NaN behind what is there. Scores near 20 take up the error of a
+// query's digits.
 TEST(Attention, HeadsInLanesMatchDouble) {
   const cpu::NarrowOps* ops = cpu::attention_ops(detected_isa()).heads;
   if (!ops) return;
@@ -237,7 +237,9 @@ TEST(Attention, HeadsInLanesMatchDouble) {
             const auto d = static_cast<size_t>(dim), n = static_cast<size_t>(count), m = static_cast<size_t>(rows);
             const auto q = normals(static_cast<int64_t>(m * d), 3);
             const auto bytes = static_cast<size_t>(ops->query_bytes(kType, rows, dim)) / 64 + 1;
-            struct alignas(64) Line { char bytes[64]; };
+            struct alignas(64) Line {
+              char bytes[64];
+            };
             std::vector<Line> query(bytes);
             ops->prepare(kType, q.data(), dim, rows, dim, query.data());
             float max[8], shrink[8], digit_scale[8];
@@ -248,7 +250,8 @@ TEST(Attention, HeadsInLanesMatchDouble) {
             uint32_t random = 1;
             for (const float size : {0.01f, 0.05f}) {
               std::vector<int8_t> codes(2 * kTile * d);
-              for (int8_t& c : codes) c = static_cast<int8_t>(static_cast<int>((random = random * 1664525u + 1013904223u) >> 24) % 255 - 127);
+              for (int8_t& c : codes)
+                c = static_cast<int8_t>(static_cast<int>((random = random * 1664525u + 1013904223u) >> 24) % 255 - 127);
               std::vector<float> key_scale(kTile + 16, NAN), value_scale(kTile + 16, NAN);
               for (size_t i = 0; i < n; ++i) key_scale[i] = size / static_cast<float>(1 + i % 3);
               for (size_t i = 0; i < n; ++i) value_scale[i] = 0.02f * static_cast<float>(i % 4);
@@ -267,8 +270,10 @@ TEST(Attention, HeadsInLanesMatchDouble) {
               std::vector<float> scores(8 * kTile + 32, NAN);
               std::vector<uint8_t> p(16 * kTile, 0xff);
               ops->scores(kType, keys.data(), runs, dim, query.data(), rows, scores.data(), kTile);
-              ops->softmax(kType, {scores.data(), kTile, rows, begin.data(), end.data(), 0, to, 0.3f, max, sums.data(), shrink,
-                                   p.data(), digit_scale}, values.data(), runs);
+              ops->softmax(kType,
+                           {scores.data(), kTile, rows, begin.data(), end.data(), 0, to, 0.3f, max, sums.data(), shrink,
+                            p.data(), digit_scale},
+                           values.data(), runs);
               for (size_t i = 0; i < m * d; ++i) out[i] *= shrink[i / d];
               ops->values(kType, values.data(), runs, dim, p.data(), digit_scale, rows, out.data(), dim);
               for (size_t i = 0; i < m; ++i) {
@@ -276,7 +281,8 @@ TEST(Attention, HeadsInLanesMatchDouble) {
                 for (size_t c = 0; c < d; ++c) expected[i * d + c] *= shrink[i];
                 for (auto s = static_cast<size_t>(begin[i]); s < static_cast<size_t>(end[i]); ++s) {
                   double dot = 0;
-                  for (size_t c = 0; c < d; ++c) dot += q[i * d + c] * static_cast<double>(codes[s * d + c]) * key_scale[s];
+                  for (size_t c = 0; c < d; ++c)
+                    dot += q[i * d + c] * static_cast<double>(codes[s * d + c]) * key_scale[s];
                   top[i] = std::max(top[i], 0.3 * dot);
                   const double x = std::exp2(0.3 * dot - max[i]);
                   total[i] += x;
@@ -292,11 +298,12 @@ TEST(Attention, HeadsInLanesMatchDouble) {
               if (total[i / d] > 0) most = std::max(most, std::fabs(expected[i] / total[i / d]));
             for (size_t i = 0; i < m; ++i) {
               const double got = std::accumulate(&sums[i * 16], &sums[i * 16] + 16, 0.0);
-              ASSERT_NEAR(got, total[i], 4e-4 * total[i]) << "d " << dim << " count " << count << " row " << i << " of " << rows;
+              ASSERT_NEAR(got, total[i], 4e-4 * total[i])
+                  << "d " << dim << " count " << count << " row " << i << " of " << rows;
               for (size_t c = 0; c < d; ++c)
                 ASSERT_NEAR(out[i * d + c], expected[i * d + c], 4e-4 * most * total[i])
-                    << "d " << dim << " count " << count << " page " << page << " hidden " << hidden << " row " << i << " of "
-                    << rows << " column " << c;
+                    << "d " << dim << " count " << count << " page " << page << " hidden " << hidden << " row " << i
+                    << " of " << rows << " column " << c;
             }
           }
 }
@@ -311,7 +318,8 @@ TEST(Attention, HeadsInLanesBeginAnywhere) {
         Engine e(1, ActivationType::kBF16);
         Sequence s(layout, {1500, 333}, group, tokens, 1600, 13);
         run(e, layout, shape, s);
-        EXPECT_LE(error_of(layout, shape, s), 2e-4 * max_value(s)) << group << " heads, page " << page << ", window " << window;
+        EXPECT_LE(error_of(layout, shape, s), 2e-4 * max_value(s))
+            << group << " heads, page " << page << ", window " << window;
       }
 }
 

@@ -1,7 +1,7 @@
-// Decode over int8 caches with seven or eight query rows: what attention_decode_avx512.cc computes, as exactly, but with
-// rows in lanes instead of keys, so that keys are not transposed and the softmax folds nothing. Eight bytes of a key are
-// broadcast, their first word to even lanes and the second to odd lanes; lanes 2 h and 2 h + 1 of the query's digits are
-// those words' of row h. Rows that are not there are zeros.
+// Decode over int8 caches with seven or eight query rows: what attention_decode_avx512.cc computes, as exactly, but
+// with rows in lanes instead of keys, so that keys are not transposed and the softmax folds nothing. Eight bytes of a
+// key are broadcast, their first word to even lanes and the second to odd lanes; lanes 2 h and 2 h + 1 of the query's
+// digits are those words' of row h. Rows that are not there are zeros.
 #if defined(__x86_64__)
 
 #include <type_traits>
@@ -15,8 +15,8 @@ constexpr int kRows = 8;
 constexpr int kKeys = kHeadSlots;  // whose scores are alive at a time
 
 // digits [d / 8][hi, lo][16] | start [16]: what the sums of lo begin with | scale [16], in the order of scores.
-// Scores, and what comes of them: [pair of slots][16], lane 4 l + 2 k + i is row 2 l + i, slot k of the pair. Behind those
-// of a tile: `scale`, by which they are still to be multiplied, and each lane's largest.
+// Scores, and what comes of them: [pair of slots][16], lane 4 l + 2 k + i is row 2 l + i, slot k of the pair. Behind
+// those of a tile: `scale`, by which they are still to be multiplied, and each lane's largest.
 struct HeadQuery {
   HeadQuery(void* base, int d)
       : digits(static_cast<int32_t*>(base)), start(digits + d * 4), scale(reinterpret_cast<float*>(start + kLanes)) {}
@@ -72,8 +72,8 @@ constexpr int kScale = kRows * static_cast<int>(kStreamTile), kTop = kScale + kL
 
 // Scores of eight keys, for whose lines as many of `next` are asked for. Returns the larger of them and `top`.
 template <int kD>
-[[gnu::noinline]] Vec score(const HeadQuery& query, const char* keys, const float* scales, const char* next,
-                            float* out, Vec top) {
+[[gnu::noinline]] Vec score(const HeadQuery& query, const char* keys, const float* scales, const char* next, float* out,
+                            Vec top) {
   __m512i hi[kKeys], lo[kKeys];
 #pragma GCC unroll 8
   for (int i = 0; i < kKeys; ++i) {
@@ -83,19 +83,21 @@ template <int kD>
   const __m512i flip = _mm512_set1_epi32(static_cast<int>(0x80808080u));
   const int32_t* q = query.digits;
   for (int c = 0; c < kD; c += 64)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int w = 0; w < 8; w += 4) {
-      if (w % 4 == 0) next = once_here(next, keys + (c / 64 * 8 + w) * 64);
+      next = once_here(next, keys + (c / 64 * 8 + w) * 64);
       __m512i h[4], l[4];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int x = 0; x < 4; ++x, q += 2 * kLanes, next += 64) {
         prefetch(next);
         h[x] = words(q);
         l[x] = words(q + kLanes);
       }
-#pragma GCC unroll 8
+      // Four words of four keys after each other: sums that are taken up soon are not read from the registers, whose
+      // ports `two_words` needs.
+#pragma GCC unroll 2
       for (int i = 0; i < kKeys; i += 4)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int x = 0; x < 4; ++x)
 #pragma GCC unroll 4
           for (int j = 0; j < 4; ++j) {
@@ -152,12 +154,8 @@ void scores(DType, const SlotRun* runs, int n, int d, const void* query, int, fl
 // The lane of a row's first slot, and the row of a lane.
 inline __m512i lanes_of_rows() { return _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 0, 0, 0, 0, 0, 0, 0, 0); }
 inline __m512i rows_of_lanes() { return _mm512_setr_epi32(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7); }
-inline Vec of_rows(const float* p, int rows) {
-  return {_mm512_permutexvar_ps(rows_of_lanes(), load_part(p, rows).v)};
-}
-inline void put_rows(float* p, Vec x, int rows) {
-  store_part(p, {_mm512_permutexvar_ps(lanes_of_rows(), x.v)}, rows);
-}
+inline Vec of_rows(const float* p, int rows) { return {_mm512_permutexvar_ps(rows_of_lanes(), load_part(p, rows).v)}; }
+inline void put_rows(float* p, Vec x, int rows) { store_part(p, {_mm512_permutexvar_ps(lanes_of_rows(), x.v)}, rows); }
 // The larger of both slots' lanes.
 inline Vec of_both(Vec x) { return vmax(x, {_mm512_permute_ps(x.v, 0x4e)}); }
 
@@ -178,8 +176,8 @@ template <bool kAll>
   [[maybe_unused]] __m512i begin, end;
   // Of slot `at`, and the one after it.
   const auto seen = [&](int at) {
-    const __m512i slot = _mm512_add_epi32(_mm512_set1_epi32(at),
-                                          _mm512_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1));
+    const __m512i slot =
+        _mm512_add_epi32(_mm512_set1_epi32(at), _mm512_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1));
     return _mm512_mask_cmplt_epi32_mask(_mm512_cmple_epi32_mask(begin, slot), slot, end);
   };
   Vec top = load(s.scores + kTop);
@@ -187,8 +185,7 @@ template <bool kAll>
     begin = _mm512_permutexvar_epi32(rows_of_lanes(), _mm512_maskz_loadu_epi32(first(s.rows), s.begin));
     end = _mm512_permutexvar_epi32(rows_of_lanes(), _mm512_maskz_loadu_epi32(first(s.rows), s.end));
     top = set1(-__builtin_huge_valf());
-    for (int c = 0; c < s.to; c += 2)
-      top = {_mm512_mask_max_ps(top.v, seen(c), load(s.scores + c * kRows).v, top.v)};
+    for (int c = 0; c < s.to; c += 2) top = {_mm512_mask_max_ps(top.v, seen(c), load(s.scores + c * kRows).v, top.v)};
   }
   const Vec scale = load(s.scores + kScale) * set1(s.scale);
   top = of_both(top) * scale;
@@ -200,7 +197,8 @@ template <bool kAll>
 
   const Vec max = zero() - of_rows(s.max, s.rows);
   Vec sum[2] = {zero(), zero()}, most[2] = {zero(), zero()};
-  const auto pair = [&]<int kPair>(std::integral_constant<int, kPair>, int g, __m512 four) __attribute__((always_inline)) {
+  const auto pair = [&]<int kPair>(std::integral_constant<int, kPair>, int g, __m512 four)
+      __attribute__((always_inline)) {
     const int at = (2 * g + kPair) * kLanes;
     Vec x = power<4>(fma(load(s.scores + at), scale, max)), y = x * of_pair<kPair>(four);
     if constexpr (!kAll) {
@@ -213,9 +211,10 @@ template <bool kAll>
     store(weighted + at, y);
   };
   const auto quads_of = [&](int from, int count, const float* weights, const char* next)
-                            __attribute__((always_inline)) {
+      __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (int g = 0; g < count; ++g) {
+      // The first of the lines that the values ask for: memory would be idle meanwhile.
       if (kAll) prefetch(next + g * 64);
       const __m512 four = fours(weights + 4 * g);
       pair(std::integral_constant<int, 0>(), from + g, four);

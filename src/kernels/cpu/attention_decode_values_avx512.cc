@@ -420,8 +420,8 @@ void narrow_values(DType dtype, const SlotRun* runs, int n, int d, const void* p
                               out, ld_out, static_cast<const char*>(runs[i].next));
 }
 
-void quad_values(DType, const SlotRun* runs, int n, int d, const void* p, const float* digit_scale, int rows, float* out,
-                 int64_t ld_out) {
+void quad_values(DType, const SlotRun* runs, int n, int d, const void* p, const float* digit_scale, int rows,
+                 float* out, int64_t ld_out) {
   digit_values(runs, n, d, QuadDigits{static_cast<const uint8_t*>(p), digit_scale}, rows, out, ld_out);
 }
 

@@ -141,8 +141,8 @@ struct AttentionOps {
   TileOps f32;
   const TileOps* bf16;      // null where the ISA has no bf16 dot product
   const NarrowOps* narrow;  // likewise
-  // Likewise: seven or eight rows over int8, in runs of kHeadSlots. Scores and p, as large as those of eight rows, have an
-  // order of their own (attention_decode_heads_avx512.cc).
+  // Likewise: seven or eight rows over int8, in runs of kHeadSlots. Scores and p, as large as those of eight rows, have
+  // an order of their own (attention_decode_heads_avx512.cc).
   const NarrowOps* heads;
   const LaneOps* lanes;     // likewise
 
