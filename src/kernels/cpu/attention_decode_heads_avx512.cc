@@ -35,11 +35,11 @@ void prepare(DType, const float* q, int64_t ldq, int rows, int d, void* out) {
   const HeadQuery query(out, d);
   __builtin_memset(out, 0, static_cast<size_t>(query_bytes(DType::kI8, rows, d)));
   for (int i = 0; i < rows; ++i, q += ldq) {
-    int32_t sum[2] = {};
+    uint32_t sum[2] = {};  // a NaN's digits may overflow; its scale says what comes of them
     const float scale = digits_of(q, d, [&](int c, __m512i hi, __m512i lo) {
       const __m512i t = _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo);
-      sum[0] += _mm512_mask_reduce_add_epi32(0x0f0f, t);
-      sum[1] += _mm512_mask_reduce_add_epi32(0xf0f0, t);
+      sum[0] += static_cast<uint32_t>(_mm512_mask_reduce_add_epi32(0x0f0f, t));
+      sum[1] += static_cast<uint32_t>(_mm512_mask_reduce_add_epi32(0xf0f0, t));
       int32_t part[2][4];
       _mm_storeu_si128(reinterpret_cast<__m128i*>(part[0]), _mm512_cvtepi32_epi8(hi));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(part[1]), _mm512_cvtepi32_epi8(lo));
@@ -49,7 +49,7 @@ void prepare(DType, const float* q, int64_t ldq, int rows, int d, void* out) {
     });
     // vpdpbusd takes codes + 128, unsigned: that much too much is in the sum.
     for (int j = 0; j < 2; ++j) {
-      query.start[2 * i + j] = -128 * sum[j];
+      query.start[2 * i + j] = static_cast<int32_t>(0 - 128 * sum[j]);
       query.scale[i / 2 * 4 + 2 * j + i % 2] = scale;
     }
   }
