@@ -101,7 +101,7 @@ TEST(Attention, DecodeOverCodesIsAsGoodAsItsOperands) {
       KvLayout layout;
       layout.dtype = *rc::gen::element(DType::kBF16, DType::kI8);
       layout.head_dim = *rc::gen::element(32, 64, 96, 128, 192, 256);
-      layout.page_slots = *rc::gen::element(1, 4, 10, 32, 48, 300);
+      layout.page_slots = *rc::gen::element(1, 4, 8, 10, 32, 48, 300);
       const int group = *rc::gen::inRange(1, 17), kv_heads = *rc::gen::inRange(1, 3);
       std::vector<int64_t> old;
       for (int g = 0; g < kv_heads; ++g) old.push_back(*rc::gen::inRange<int64_t>(0, 1500));
@@ -218,13 +218,118 @@ TEST(Attention, NarrowSoftmaxMatchesDouble) {
       }
 }
 
+// Heads in lanes, from queries to sums: two steps with larger maxima in the second, slots that some rows do not see,
+// pages whose last one ends anywhere, and nothing but NaN behind what is there. Scores near 20 take up the error of a
+// query's digits.
+TEST(Attention, HeadsInLanesMatchDouble) {
+  const cpu::NarrowOps* ops = cpu::attention_ops(detected_isa()).heads;
+  if (!ops) return;
+  constexpr DType kType = DType::kI8;
+  constexpr size_t kTile = cpu::kStreamTile;
+  EXPECT_FALSE(ops->takes(kType, 6, 64) || ops->takes(kType, 9, 64) || ops->takes(kType, 8, 32) ||
+               ops->takes(DType::kBF16, 8, 64));
+  for (const int dim : {64, 128})
+    for (const int rows : {7, 8})
+      for (const int count : {1, 2, 5, 8, 31, 32, 33, 60, 64, 96, 127, 128})
+        for (const int page : {8, 24, 32, 128})
+          for (const int hidden : {0, 3}) {
+            ASSERT_TRUE(ops->takes(kType, rows, dim));
+            const auto d = static_cast<size_t>(dim), n = static_cast<size_t>(count), m = static_cast<size_t>(rows);
+            const auto q = normals(static_cast<int64_t>(m * d), 3);
+            const auto bytes = static_cast<size_t>(ops->query_bytes(kType, rows, dim)) / 64 + 1;
+            struct alignas(64) Line {
+              char bytes[64];
+            };
+            std::vector<Line> query(bytes);
+            ops->prepare(kType, q.data(), dim, rows, dim, query.data());
+            float max[8], shrink[8], digit_scale[8];
+            std::fill_n(max, 8, -INFINITY);
+            std::vector<float> sums(8 * 16), out(m * d);
+            std::vector<double> expected(m * d), total(m), top(m, -INFINITY);
+            double most = 0;
+            uint32_t random = 1;
+            for (const float size : {0.01f, 0.05f}) {
+              std::vector<int8_t> codes(2 * kTile * d);
+              for (int8_t& c : codes)
+                c = static_cast<int8_t>(static_cast<int>((random = random * 1664525u + 1013904223u) >> 24) % 255 - 127);
+              std::vector<float> key_scale(kTile + 16, NAN), value_scale(kTile + 16, NAN);
+              for (size_t i = 0; i < n; ++i) key_scale[i] = size / static_cast<float>(1 + i % 3);
+              for (size_t i = 0; i < n; ++i) value_scale[i] = 0.02f * static_cast<float>(i % 4);
+              std::vector<cpu::SlotRun> keys, values;
+              for (int i = 0; i < count; i += page) {
+                const auto at = static_cast<size_t>(i);
+                keys.push_back({&codes[at * d], &key_scale[at], std::min(page, count - i), nullptr});
+                values.push_back({&codes[(kTile + at) * d], &value_scale[at], std::min(page, count - i), nullptr});
+              }
+              const int runs = static_cast<int>(keys.size()), to = (count + 31) / 32 * 32;
+              std::vector<int32_t> begin, end;
+              for (int i = 0; i < rows; ++i) {
+                begin.push_back(hidden * (i % 3));
+                end.push_back(std::max(begin.back(), count - hidden * (i % 2)));
+              }
+              std::vector<float> scores(8 * kTile + 32, NAN);
+              std::vector<uint8_t> p(16 * kTile, 0xff);
+              ops->scores(kType, keys.data(), runs, dim, query.data(), rows, scores.data(), kTile);
+              ops->softmax(kType,
+                           {scores.data(), kTile, rows, begin.data(), end.data(), 0, to, 0.3f, max, sums.data(), shrink,
+                            p.data(), digit_scale},
+                           values.data(), runs);
+              for (size_t i = 0; i < m * d; ++i) out[i] *= shrink[i / d];
+              ops->values(kType, values.data(), runs, dim, p.data(), digit_scale, rows, out.data(), dim);
+              for (size_t i = 0; i < m; ++i) {
+                total[i] *= shrink[i];
+                for (size_t c = 0; c < d; ++c) expected[i * d + c] *= shrink[i];
+                for (auto s = static_cast<size_t>(begin[i]); s < static_cast<size_t>(end[i]); ++s) {
+                  double dot = 0;
+                  for (size_t c = 0; c < d; ++c)
+                    dot += q[i * d + c] * static_cast<double>(codes[s * d + c]) * key_scale[s];
+                  top[i] = std::max(top[i], 0.3 * dot);
+                  const double x = std::exp2(0.3 * dot - max[i]);
+                  total[i] += x;
+                  for (size_t c = 0; c < d; ++c) expected[i * d + c] += x * value_scale[s] * codes[(kTile + s) * d + c];
+                }
+                if (total[i] > 0) {
+                  ASSERT_NEAR(max[i], top[i] - 4, 4.01) << i;
+                }
+              }
+            }
+            ops->restore(kType, out.data(), dim, rows, dim);
+            for (size_t i = 0; i < m * d; ++i)
+              if (total[i / d] > 0) most = std::max(most, std::fabs(expected[i] / total[i / d]));
+            for (size_t i = 0; i < m; ++i) {
+              const double got = std::accumulate(&sums[i * 16], &sums[i * 16] + 16, 0.0);
+              ASSERT_NEAR(got, total[i], 4e-4 * total[i])
+                  << "d " << dim << " count " << count << " row " << i << " of " << rows;
+              for (size_t c = 0; c < d; ++c)
+                ASSERT_NEAR(out[i * d + c], expected[i * d + c], 4e-4 * most * total[i])
+                    << "d " << dim << " count " << count << " page " << page << " hidden " << hidden << " row " << i
+                    << " of " << rows << " column " << c;
+            }
+          }
+}
+
+// Seven and eight rows over int8, of one token or several, that begin within a page.
+TEST(Attention, HeadsInLanesBeginAnywhere) {
+  for (const auto& [group, tokens] : {std::pair(8, 1), {7, 1}, {4, 2}, {1, 7}, {2, 4}})
+    for (const int page : {8, 32, 48})
+      for (const int64_t window : {3, 50, 1001}) {
+        const KvLayout layout{DType::kI8, 64, page};
+        const auto shape = shape_of(2, group, 64, window);
+        Engine e(1, ActivationType::kBF16);
+        Sequence s(layout, {1500, 333}, group, tokens, 1600, 13);
+        run(e, layout, shape, s);
+        EXPECT_LE(error_of(layout, shape, s), 2e-4 * max_value(s))
+            << group << " heads, page " << page << ", window " << window;
+      }
+}
+
 TEST(Attention, DecodeOverCodesKeepsNanAndHugeScores) {
   FOR_EACH_ISA(isa) {
-    for (const DType dtype : {DType::kBF16, DType::kI8}) {
+    for (const auto& [dtype, group] : {std::pair(DType::kBF16, 3), {DType::kI8, 3}, {DType::kI8, 8}}) {
       const KvLayout layout{dtype, 64, 32};
-      const auto shape = shape_of(1, 3, 64);
+      const auto shape = shape_of(1, group, 64);
       Engine e(1, ActivationType::kBF16);
-      Sequence s(layout, {200}, 3, 1, 300, 5);
+      Sequence s(layout, {200}, group, 1, 300, 5);
       for (size_t i = 0; i < 64; ++i) s.q[i] = i == 9 ? NAN : 1.0f;
       for (size_t i = 64; i < 128; ++i) s.q[i] = 0;
       for (size_t i = 128; i < 192; ++i) s.q[i] *= 300;
@@ -300,16 +405,16 @@ TEST(Attention, ChunkedPrefillEqualsOneCall) {
 }
 
 TEST(Attention, SameBitsForAnyThreadsAndAnyCompany) {
-  for (const DType dtype : kCacheTypes)
+  for (const auto& [dtype, group] : {std::pair(DType::kF32, 4), {DType::kBF16, 4}, {DType::kI8, 4}, {DType::kI8, 8}})
     for (const ActivationType activations : {ActivationType::kF32, ActivationType::kBF16}) {
       const KvLayout layout{dtype, 64, 32};
-      const auto shape = shape_of(2, 4, 64);
+      const auto shape = shape_of(2, group, 64);
       std::vector<Sequence> batch;
-      batch.emplace_back(layout, std::vector<int64_t>{2500, 40}, 4, 1, 5000, 1);
-      batch.emplace_back(layout, std::vector<int64_t>{0, 0}, 4, 300, 0, 2);
-      batch.emplace_back(layout, std::vector<int64_t>{7, 3000}, 4, 3, 4000, 3);
-      batch.emplace_back(layout, std::vector<int64_t>{0, 1}, 4, 1, 1, 4);
-      batch.emplace_back(layout, std::vector<int64_t>{2000, 2000}, 4, 25, 2000, 5);
+      batch.emplace_back(layout, std::vector<int64_t>{2500, 40}, group, 1, 5000, 1);
+      batch.emplace_back(layout, std::vector<int64_t>{0, 0}, group, 300, 0, 2);
+      batch.emplace_back(layout, std::vector<int64_t>{7, 3000}, group, 3, 4000, 3);
+      batch.emplace_back(layout, std::vector<int64_t>{0, 1}, group, 1, 1, 4);
+      batch.emplace_back(layout, std::vector<int64_t>{2000, 2000}, group, 25, 2000, 5);
       std::vector<std::vector<float>> alone;
       Engine one(1, activations), three(3, activations);
       for (Sequence& s : batch) {

@@ -231,6 +231,7 @@ const AttentionOps& attention_ops_avx512_bf16() {
   static const AttentionOps ops = [] {
     AttentionOps o = kBf16Ops;
     o.narrow = &attention_narrow_avx512();
+    o.heads = &attention_heads_avx512();
     o.lanes = &attention_lanes_avx512();
     return o;
   }();

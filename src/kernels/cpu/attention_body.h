@@ -524,6 +524,6 @@ float encode_row(const float* x, int d, DType dtype, void* codes) {
 
 inline constexpr TileOps kTileF32 = {4, kPanel, rows_f32, pack_keys_f32, pack_values_f32, scores_f32, values_f32,
                                      softmax_f32};
-inline constexpr AttentionOps kF32Ops = {kTileF32,      nullptr,   nullptr, nullptr,    stream_scores,
-                                         stream_values, scale_row, add_row, encode_row, exponentials,
-                                         add_exponentials, max_of, triangle_products};
+inline constexpr AttentionOps kF32Ops = {kTileF32,      nullptr,          nullptr,   nullptr,          nullptr,
+                                         stream_scores, stream_values,    scale_row, add_row,          encode_row,
+                                         exponentials,  add_exponentials, max_of,    triangle_products};

@@ -247,11 +247,13 @@ AttentionRun::AttentionRun(Context& ctx, const KvLayout& layout, const Attention
   const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
   const bool lanes = ctx.activations == ActivationType::kBF16 && layout.dtype == DType::kBF16 &&
                      (layout.head_dim == 32 || layout.head_dim == 64 || layout.head_dim == 128);
+  const bool heads = ctx.activations == ActivationType::kBF16 && layout.page_slots % kHeadSlots == 0;
   jobs_.reserve(static_cast<size_t>(ctx.pool.size()));
-  jobs_.push_back(
-      {layout, PageMap(layout), shape, seqs, ops, tile, ctx.activations == ActivationType::kBF16 ? ops.narrow : nullptr,
-       lanes ? ops.lanes : nullptr, shape.query_heads / shape.kv_heads, round_up(layout.head_dim, kPad),
-       shape.q_stride ? shape.q_stride : row, shape.out_stride ? shape.out_stride : row, shape.scale * kLog2e});
+  jobs_.push_back({layout, PageMap(layout), shape, seqs, ops, tile,
+                   ctx.activations == ActivationType::kBF16 ? ops.narrow : nullptr, heads ? ops.heads : nullptr,
+                   lanes ? ops.lanes : nullptr, shape.query_heads / shape.kv_heads, round_up(layout.head_dim, kPad),
+                   shape.q_stride ? shape.q_stride : row, shape.out_stride ? shape.out_stride : row,
+                   shape.scale * kLog2e});
   AttentionJob& job = jobs_[0];
   const auto stretch_bytes = static_cast<int64_t>(job.pages.row_bytes * job.pages.slots);
   job.fetch_steps = (kFetchAhead + stretch_bytes - 1) / stretch_bytes;

@@ -41,22 +41,8 @@ int64_t query_bytes(DType dtype, int rows, int d) {
 void prepare_digits(const float* q, int64_t ldq, int rows, int d, void* out) {
   const DigitQuery query(out, rows, d);
   for (int i = 0; i < rows; ++i, q += ldq) {
-    Vec most = zero();
-    __mmask16 nan = 0;
-    for (int c = 0; c < d; c += kLanes) {
-      const Vec x = load(q + c);
-      most = vmax(vabs(x), most);
-      nan = static_cast<__mmask16>(nan | _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q));
-    }
-    const float amax = largest(most);
-    // Elements below 2^-100 of anything that matters are zero; NaN and infinity reach the scores.
-    const float inverse = amax > 1e-30f ? 32512.0f / amax : 0.0f;
-    query.scale[i] = nan ? __builtin_nanf("") : amax > 1e-30f ? amax / 32512.0f : 0.0f;
     __m512i sum_hi = _mm512_setzero_si512(), sum_lo = sum_hi;
-    for (int c = 0; c < d; c += kLanes) {
-      const __m512i t = _mm512_cvtps_epi32((load(q + c) * set1(inverse)).v);
-      const __m512i hi = _mm512_srai_epi32(_mm512_add_epi32(t, _mm512_set1_epi32(128)), 8);
-      const __m512i lo = _mm512_sub_epi32(t, _mm512_slli_epi32(hi, 8));
+    query.scale[i] = digits_of(q, d, [&](int c, __m512i hi, __m512i lo) {
       sum_hi = _mm512_add_epi32(sum_hi, hi);
       sum_lo = _mm512_add_epi32(sum_lo, lo);
       int32_t part[2][4];
@@ -67,7 +53,7 @@ void prepare_digits(const float* q, int64_t ldq, int rows, int d, void* out) {
         to[0] = part[0][w];
         to[4] = part[1][w];
       }
-    }
+    });
     // vpdpbusd takes codes + 128, unsigned: that much too much is in the sum.
     query.start[i] = -128 * _mm512_reduce_add_epi32(sum_hi);
     query.start[rows + i] = -128 * _mm512_reduce_add_epi32(sum_lo);

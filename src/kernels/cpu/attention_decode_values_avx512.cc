@@ -11,31 +11,6 @@ namespace {
 
 // ---- softmax --------------------------------------------------------------------------------------
 
-// 2^x: what is above the next lower integer by a polynomial, the rest by vscalefps, which takes any x. Neither is done
-// by the pipes of the products. kDegree 3 for bf16, 7.5e-5; 4 for digits of 7.6e-6, 2.6e-6. Coefficients by Remez'
-// method.
-template <int kDegree>
-[[gnu::always_inline]] inline Vec power(Vec x) {
-  const Vec f = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
-  Vec p;
-  if constexpr (kDegree == 4) {
-    p = fma(set1(1.353416778e-02f), f, set1(5.201146007e-02f));
-    p = fma(p, f, set1(2.414427549e-01f));
-    p = fma(p, f, set1(6.930038333e-01f));
-    p = fma(p, f, set1(1.000002623e+00f));
-  } else {
-    p = fma(set1(7.802452147e-02f), f, set1(2.260671556e-01f));
-    p = fma(p, f, set1(6.958335638e-01f));
-    p = fma(p, f, set1(9.999251962e-01f));
-  }
-  return {_mm512_scalef_ps(p.v, x.v)};
-}
-
-// A running maximum that is too small by so much is left alone: probabilities up to 2^8 lose nothing in
-// floating point. Nearly every step then finds nothing to change, and since that is predicted, the
-// exponentials don't wait for the comparison, nor is anything folded.
-constexpr float kSlack = 8;
-
 // Two vectors of a row: to the sum, and to p in bf16, or weighted to x for put_digits.
 template <bool kPairs>
 [[gnu::always_inline]] inline void put_probabilities(uint16_t* p, float* to, const float* weights, Vec x, Vec y,
@@ -189,11 +164,7 @@ void softmax_rows(const SoftmaxStep& s, const float* weights) {
 void narrow_softmax(DType dtype, const SoftmaxStep& step, const SlotRun* runs, int n) {
   if (dtype == DType::kBF16) return softmax_rows<true>(step, nullptr);
   alignas(64) float weights[kStreamTile + kLanes];
-  float* at = weights;
-  for (const SlotRun* run = runs; run < runs + n; at += run++->count)
-    for (int i = 0; i < run->count; i += kLanes)
-      store(at + i, load_part(run->scales + i, least(run->count - i, kLanes)));
-  for (; at < weights + step.to; at += kLanes) store(at, zero());
+  copy_scales(runs, n, step.to, weights);
   softmax_rows<false>(step, weights);
 }
 
@@ -204,12 +175,16 @@ namespace {
 // Slots whose interleaved values are alive at a time: 8 KB of values. Sums of 65535 * 127 stay below 2^31.
 constexpr int kBlock = 128;
 
-// Of each row hi, then lo.
-struct Digits {
-  static constexpr int kRow = 2 * static_cast<int>(kStreamTile), kLow = static_cast<int>(kStreamTile);
+// Bytes from a row to the next, from hi to lo, from four slots to the next four.
+template <int kRowBytes, int kLowBytes, int kQuadBytes>
+struct DigitsOf {
+  static constexpr int kRow = kRowBytes, kLow = kLowBytes, kQuad = kQuadBytes;
+  static constexpr bool kAsked = kQuadBytes > 4;  // the first lines were asked for by the softmax
   const uint8_t* p;
   const float* scale;
 };
+using RowDigits = DigitsOf<2 * static_cast<int>(kStreamTile), static_cast<int>(kStreamTile), 4>;
+using QuadDigits = DigitsOf<8, 4, 64>;
 
 // Up to kBlock slots in runs; only the last four may be fewer.
 struct Block {
@@ -239,7 +214,7 @@ struct Block {
   out[3] = _mm512_unpackhi_epi16(b, y);
 }
 
-template <int kQ>
+template <int kQ, class Digits>
 struct DigitValues {
   static constexpr int kW = kQ <= 2 ? 4 : 2;  // 8 ... 16 sums
 
@@ -255,6 +230,8 @@ struct DigitValues {
       };
       if (first_row > 4)
         go(pass<0, false>);
+      else if (Digits::kAsked && first_row == 0 && t == 0 && c == 0)
+        go(pass<0, true>);
       else if (first_row == 0 && t == 0)
         halves ? go(pass<kW / 2, true>) : go(pass<kW, true>);
       else
@@ -300,7 +277,7 @@ struct DigitValues {
         for (int i = 0; i < kQ; ++i)
 #pragma GCC unroll 2
           for (int x = 0; x < kSteps; ++x) {
-            const uint8_t* digit = p + i * Digits::kRow + x * 4;
+            const uint8_t* digit = p + i * Digits::kRow + x * Digits::kQuad;
             const __m512i h = word(digit), l = word(digit + Digits::kLow);
 #pragma GCC unroll 4
             for (int w = 0; w < kW; ++w) {
@@ -309,7 +286,7 @@ struct DigitValues {
             }
           }
         values += kSteps * 4;
-        p += kSteps * 4;
+        p += kSteps * Digits::kQuad;
       };
       int g = 0;
       if constexpr (kFirst && kW == 2)
@@ -327,11 +304,25 @@ struct DigitValues {
   }
 };
 
-void add_block(const Block& block, int d, const Digits& digits, int rows, float* out, int64_t ld_out) {
+template <int kQ>
+struct RowDigitValues : DigitValues<kQ, RowDigits> {};
+
+void add_block(const Block& block, int d, const RowDigits& digits, int rows, float* out, int64_t ld_out) {
   __m512i values[kBlock];
-  for (int c = 0; c < d; c += 64) each_group<4, DigitValues>(rows, values, block, digits, out, ld_out, rows, d, c);
+  for (int c = 0; c < d; c += 64) each_group<4, RowDigitValues>(rows, values, block, digits, out, ld_out, rows, d, c);
+}
+void add_block(const Block& block, int d, const QuadDigits& digits, int rows, float* out, int64_t ld_out) {
+  __m512i values[kBlock];
+  for (int c = 0; c < d; c += 64) {
+    DigitValues<4, QuadDigits>::run(0, values, block, digits, out, ld_out, rows, d, c);
+    if (rows == 8)
+      DigitValues<4, QuadDigits>::run(4, values, block, digits, out, ld_out, rows, d, c);
+    else
+      DigitValues<3, QuadDigits>::run(4, values, block, digits, out, ld_out, rows, d, c);
+  }
 }
 
+template <class Digits>
 void digit_values(const SlotRun* runs, int n, int d, Digits digits, int rows, float* out, int64_t ld_out) {
   Block block;
   int slots = 0, parts = 0;
@@ -347,7 +338,7 @@ void digit_values(const SlotRun* runs, int n, int d, Digits digits, int rows, fl
       block.count = slots;
       block.runs = parts;
       add_block(block, d, digits, rows, out, ld_out);
-      digits.p += slots;
+      digits.p += slots / 4 * Digits::kQuad + slots % 4;  // no remainder but of rows
       slots = parts = 0;
     }
   }
@@ -422,11 +413,16 @@ struct PairValues {
 void narrow_values(DType dtype, const SlotRun* runs, int n, int d, const void* p, const float* digit_scale, int rows,
                    float* out, int64_t ld_out) {
   if (dtype == DType::kI8)
-    return digit_values(runs, n, d, {static_cast<const uint8_t*>(p), digit_scale}, rows, out, ld_out);
+    return digit_values(runs, n, d, RowDigits{static_cast<const uint8_t*>(p), digit_scale}, rows, out, ld_out);
   const auto* weights = static_cast<const uint16_t*>(p);
   for (int i = 0; i < n; weights += runs[i++].count)
     each_group<8, PairValues>(rows, static_cast<const uint16_t*>(runs[i].codes), runs[i].count, d, weights, kStreamTile,
                               out, ld_out, static_cast<const char*>(runs[i].next));
+}
+
+void quad_values(DType, const SlotRun* runs, int n, int d, const void* p, const float* digit_scale, int rows,
+                 float* out, int64_t ld_out) {
+  digit_values(runs, n, d, QuadDigits{static_cast<const uint8_t*>(p), digit_scale}, rows, out, ld_out);
 }
 
 void narrow_restore(DType dtype, float* sums, int64_t ld, int rows, int d) {

@@ -39,6 +39,7 @@ struct AttentionJob {
   const AttentionOps& ops;
   const TileOps& tile;
   const NarrowOps* narrow_ops;  // null: operands stay f32
+  const NarrowOps* head_ops;    // null: likewise, or pages that they do not take
   const LaneOps* lane_ops;      // null: likewise, or caches that they do not take
   int64_t group;                // query heads to a KV head
   int64_t ld;                   // stride of rows of d elements
@@ -72,8 +73,11 @@ struct AttentionJob {
     return lane_ops && rows(item) >= kLeastLaneRows && rows(item) <= kLaneRows;
   }
   bool streams(const AttentionItem& item) const { return rows(item) <= kStreamRows && !lanes(item); }
-  bool narrow(const AttentionItem& item) const {
-    return narrow_ops && narrow_ops->takes(layout.dtype, static_cast<int>(rows(item)), d());
+  // Null: operands stay f32.
+  const NarrowOps* narrow(const AttentionItem& item) const {
+    for (const NarrowOps* o : {head_ops, narrow_ops})
+      if (o && o->takes(layout.dtype, static_cast<int>(rows(item)), d())) return o;
+    return nullptr;
   }
   // Sums [rows, ld], then maxima [rows], then sums of p [rows].
   int64_t partial_size(int64_t rows) const { return rows * (ld + 2); }

@@ -10,8 +10,6 @@
 namespace lacuna::cpu {
 namespace {
 
-// A maximum that is too small by so much (of log2) is left alone, as narrow_softmax does.
-constexpr float kSlack = 8;
 constexpr int kKeys = 16;  // scores alive at a time
 
 // Rows [row, row + kQ) of the sums, columns [column, column + 16 kW), over all pairs.

@@ -101,6 +101,9 @@ struct NarrowOps {
   void (*restore)(DType dtype, float* out, int64_t ld_out, int rows, int d);
 };
 
+// Slots that a run of theirs must be a multiple of, unless it is the last.
+inline constexpr int kHeadSlots = 8;
+
 // Pairs of slots whose probabilities and values are alive at a time: 4 + 16 KB of the L1 at d = 64.
 inline constexpr int kLanePairs = 64;
 
@@ -138,6 +141,9 @@ struct AttentionOps {
   TileOps f32;
   const TileOps* bf16;      // null where the ISA has no bf16 dot product
   const NarrowOps* narrow;  // likewise
+  // Likewise: seven or eight rows over int8, in runs of kHeadSlots. Scores and p, as large as those of eight rows, have
+  // an order of their own (attention_decode_heads_avx512.cc).
+  const NarrowOps* heads;
   const LaneOps* lanes;     // likewise
 
   // The streaming path (decode): scores[row, i] = q[row] . key[i], for `count` keys as they lie in a
@@ -169,6 +175,7 @@ const AttentionOps& attention_ops_avx2();
 const AttentionOps& attention_ops_avx512();
 const AttentionOps& attention_ops_avx512_bf16();
 const NarrowOps& attention_narrow_avx512();
+const NarrowOps& attention_heads_avx512();
 const LaneOps& attention_lanes_avx512();
 #endif
 const AttentionOps& attention_ops(Isa isa);

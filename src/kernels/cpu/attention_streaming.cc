@@ -94,11 +94,14 @@ class Ahead {
 
 }  // namespace
 
+// Rows of scores and probabilities: where heads lie in lanes, seven take the room of eight, and two vectors more.
+inline int64_t tile_rows(int64_t rows) { return rows == 7 ? 8 : rows; }
+
 int64_t streaming_workspace(const AttentionJob& job, const AttentionItem& item) {
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item);
-  const int64_t query =
-      job.narrow(item) ? job.narrow_ops->query_bytes(job.layout.dtype, static_cast<int>(rows), job.d()) : 0;
-  return 14 * 64 + rows * (2 * job.ld * 4 + kStreamTile * 6 + 160) + query + tokens * 16;
+  const NarrowOps* narrow = job.narrow(item);
+  const int64_t query = narrow ? narrow->query_bytes(job.layout.dtype, static_cast<int>(rows), job.d()) : 0;
+  return 16 * 64 + rows * (2 * job.ld * 4 + 160) + tile_rows(rows) * kStreamTile * 6 + query + tokens * 16;
 }
 
 void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, int thread) {
@@ -108,7 +111,7 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
   Carver carve(ctx.workspace<std::byte>(thread, static_cast<size_t>(streaming_workspace(job, item))));
   auto* q = carve.take<float>(rows * ld);
   auto* sums = carve.take<float>(rows * ld);
-  auto* scores = carve.take<float>(rows * kStreamTile);
+  auto* scores = carve.take<float>(tile_rows(rows) * kStreamTile + 32);
   auto* max = carve.take<float>(rows);
   auto* total = carve.take<float>(rows);
   auto* shrink = carve.take<float>(rows);
@@ -118,10 +121,10 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
   auto* end = carve.take<int64_t>(tokens);
   const auto m = static_cast<int>(rows);
   const DType dtype = job.layout.dtype;
-  const NarrowOps* narrow = job.narrow(item) ? job.narrow_ops : nullptr;
+  const NarrowOps* narrow = job.narrow(item);
   auto* narrow_q = carve.take<std::byte>(narrow ? narrow->query_bytes(dtype, m, job.d()) : 0);
   // Probabilities in bf16 or digits lie apart from the scores.
-  auto* narrow_p = carve.take<uint16_t>(narrow ? rows * kStreamTile : 0);
+  auto* narrow_p = carve.take<uint16_t>(narrow ? tile_rows(rows) * kStreamTile : 0);
   auto* narrow_total = carve.take<float>(narrow ? rows * 16 : 0);
   auto* digit_scale = carve.take<float>(narrow ? rows : 0);
 
@@ -161,7 +164,9 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
     return n;
   };
   int64_t seen = 0;  // columns of the last tile, if all rows saw all of them
-  for (int64_t slot = begin[0], slot_end; slot < last; slot = slot_end) {
+  // Runs that begin within a page begin with it in whole steps of kHeadSlots: what comes before is not seen.
+  const int64_t step_slots = narrow && narrow == job.head_ops ? kHeadSlots : 1;
+  for (int64_t slot = begin[0] / step_slots * step_slots, slot_end; slot < last; slot = slot_end) {
     slot_end = std::min(slot / tile * tile + tile, last);
     const int keys = runs_of(KvPart::kKeys, slot, slot_end);
     if (narrow) {
