@@ -243,7 +243,8 @@ AttentionRun::AttentionRun(Context& ctx, const KvLayout& layout, const Attention
                            std::span<const AttentionSequence> seqs)
     : ctx_(&ctx) {
   const AttentionOps& ops = attention_ops(cpu_isa());
-  const TileOps& tile = ctx.activations == ActivationType::kBF16 && ops.bf16 ? *ops.bf16 : ops.f32;
+  const bool pairs = ctx.activations == ActivationType::kBF16 && ops.bf16 && has_fast_bf16_pairs();
+  const TileOps& tile = pairs ? *ops.bf16 : ops.f32;
   const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
   const bool lanes = ctx.activations == ActivationType::kBF16 && layout.dtype == DType::kBF16 &&
                      (layout.head_dim == 32 || layout.head_dim == 64 || layout.head_dim == 128);

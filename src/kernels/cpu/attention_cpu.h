@@ -63,7 +63,7 @@ struct AttentionCounts {
   std::atomic<int64_t> pairs{0};  // query rows x visible slots
 };
 
-struct alignas(64) AttentionJob;
+struct AttentionJob;
 
 // A call of attention() in items, which threads take in any order. Holds workspaces of the context: nothing else may use
 // them while items run. How sequences are cut depends on each alone, never on the threads or the other sequences.

@@ -31,7 +31,7 @@ struct alignas(64) AttentionMerge {
   int64_t left;  // items that are not done
 };
 
-struct AttentionJob {
+struct alignas(64) AttentionJob {
   KvLayout layout;
   PageMap pages;
   AttentionShape shape;

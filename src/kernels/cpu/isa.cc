@@ -66,6 +66,18 @@ Isa detected_isa() {
 #endif
 }
 
+bool has_fast_bf16_pairs() {
+#if defined(__x86_64__)
+  static const bool has = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 bool has_full_width_units() {
 #if defined(__x86_64__)
   static const bool has = [] {

@@ -159,8 +159,14 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
   const Operand operand = operand_for(ctx.activations, w.weight.dtype, b);
   if (w.panels && operand == Operand::kBf16Pair) return linear_panels(ctx, b, w, x, m, y, mode, x_stride, y_stride);
   const bool pair_codes = w.weight.dtype == DType::kI8 && operand == Operand::kBf16Pair;
-  const auto body = !w.one_body && m <= (pair_codes ? kMaxSmallCodeRows : kMaxSmallRows) ? linear_small : linear_large;
-  body(ctx, b, operand, w, x, m, y, mode, x_stride, y_stride);
+  if (!w.one_body && m <= (pair_codes ? kMaxSmallCodeRows : kMaxSmallRows))
+    return linear_small(ctx, b, operand, w, x, m, y, mode, x_stride, y_stride);
+#if defined(__x86_64__)
+  // The same operands, rounded likewise, as f32.
+  if (operand == Operand::kBf16Pair && !has_fast_bf16_pairs())
+    return linear_large(ctx, linear_avx512(), Operand::kF32Rounded, w, x, m, y, mode, x_stride, y_stride);
+#endif
+  linear_large(ctx, b, operand, w, x, m, y, mode, x_stride, y_stride);
 }
 
 bool packs_gelu(const Context& ctx, const LinearWeight& in, const LinearWeight& out) {
