@@ -32,7 +32,6 @@ int available_cores() {
 
 ThreadPool::ThreadPool(int threads) {
   if (threads <= 0) threads = available_cores();
-  runs_ = std::make_unique<Run[]>(static_cast<size_t>(threads));
   for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { worker(t); });
 }
 
@@ -111,19 +110,8 @@ void ThreadPool::parallel_for(int64_t count, const std::function<void(int64_t, i
 }
 
 void ThreadPool::parallel_runs(int64_t count, const std::function<void(int64_t, int)>& body) {
-  const int64_t runs = size();
-  for (int64_t r = 0; r < runs; ++r) {
-    runs_[static_cast<size_t>(r)].next.store(count * r / runs, std::memory_order_relaxed);
-    runs_[static_cast<size_t>(r)].end = count * (r + 1) / runs;
-  }
-  // Who is done with a run helps with the others.
-  const auto take = [&](int64_t first, int thread) {
-    for (int64_t r = 0; r < runs; ++r) {
-      Run& run = runs_[static_cast<size_t>((first + r) % runs)];
-      for (int64_t i; (i = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;) body(i, thread);
-    }
-  };
-  parallel_for(runs, std::ref(take));
+  const auto only = [&](int64_t, int64_t index, int thread) { body(index, thread); };
+  parallel_chain({&count, 1}, std::ref(only));
 }
 
 void ThreadPool::parallel_chain(std::span<const int64_t> counts,

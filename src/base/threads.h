@@ -30,12 +30,12 @@ class ThreadPool {
   // time, by whichever thread is free. thread is in [0, size()). The first exception is rethrown
   // here once all threads have stopped. Loops must not be nested on the same pool.
   void parallel_for(int64_t count, const std::function<void(int64_t index, int thread)>& body);
-  // The same, but a thread takes neighbouring indices as long as it can: for bodies that ask for the memory of
-  // the next index ahead.
+  // The same, but thread t begins with the t-th run of neighbouring indices and takes others' when it is done: for bodies
+  // that ask for the memory of the next index ahead.
   void parallel_runs(int64_t count, const std::function<void(int64_t index, int thread)>& body);
   // Loops of counts[0], counts[1], … indices, each once the one before it is done; what loop `i` wrote, loop i + 1 sees.
-  // As parallel_runs, but the threads are called together once, and thread t begins with the t-th run of every loop:
-  // rows that are shared out alike in several loops stay with their thread.
+  // Each is shared out as by parallel_runs, so that rows that several loops share out alike stay with their thread, but
+  // the threads are called together once.
   void parallel_chain(std::span<const int64_t> counts,
                       const std::function<void(int64_t loop, int64_t index, int thread)>& body);
 
@@ -49,8 +49,7 @@ class ThreadPool {
   };
 
   std::vector<std::thread> workers_;
-  std::unique_ptr<Run[]> runs_;  // one a thread
-  std::unique_ptr<Run[]> links_;  // of a chain: one a loop and thread, and behind them one a loop: indices that are done
+  std::unique_ptr<Run[]> links_;  // of a chain, one a loop and thread, and behind them one a loop: indices that are done
   size_t link_count_ = 0;
   std::mutex mutex_;
   std::condition_variable wake_;

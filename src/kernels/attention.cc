@@ -52,8 +52,8 @@ int64_t kv_bytes(const KvLayout& l, const KvHeadView& head, int64_t first_positi
   return slots * row * (values ? 2 : 1);
 }
 
-// Checks a call's operands; what it will report, but for products and time. m = 0: nothing to do.
-OpRecord check_attention(const KvLayout& layout, const AttentionShape& shape, std::span<const AttentionSequence> seqs) {
+// Checks a call's operands; its query tokens.
+int64_t check_attention(const KvLayout& layout, const AttentionShape& shape, std::span<const AttentionSequence> seqs) {
   constexpr const char* kOp = "attention";
   check_layout(kOp, layout);
   if (shape.kv_heads < 1 || shape.query_heads < 1 || shape.query_heads % shape.kv_heads != 0)
@@ -71,19 +71,28 @@ OpRecord check_attention(const KvLayout& layout, const AttentionShape& shape, st
   const int64_t row = static_cast<int64_t>(shape.query_heads) * layout.head_dim;
   check_stride(kOp, "q_stride", shape.q_stride, row);
   check_stride(kOp, "out_stride", shape.out_stride, row);
-  OpRecord record;
-  record.kind = OpKind::kAttention;
-  record.k = layout.head_dim;
+  int64_t tokens = 0;
   for (const AttentionSequence& s : seqs) {
     check_positions(kOp, s.first_position, s.tokens);
     if (s.tokens == 0) continue;
     if (!s.q || !s.out || !s.heads) throw BadInput("{}: a sequence of {} tokens lacks q, out or heads", kOp, s.tokens);
-    for (int g = 0; g < shape.kv_heads; ++g) {
-      check_head(kOp, s.heads[g], shape.causal ? s.tokens : 1);
+    for (int g = 0; g < shape.kv_heads; ++g) check_head(kOp, s.heads[g], shape.causal ? s.tokens : 1);
+    tokens += s.tokens;
+  }
+  return tokens;
+}
+
+// What a call reports, but for its products and time.
+OpRecord record_of(const KvLayout& layout, const AttentionShape& shape, std::span<const AttentionSequence> seqs) {
+  OpRecord record;
+  record.kind = OpKind::kAttention;
+  record.k = layout.head_dim;
+  for (const AttentionSequence& s : seqs) {
+    record.m += s.tokens * shape.query_heads;
+    for (int g = 0; g < shape.kv_heads && s.tokens > 0; ++g) {
       record.n = std::max(record.n, s.heads[g].length);
       record.kv_read_bytes += kv_bytes(layout, s.heads[g], s.first_position, shape.window, true);
     }
-    record.m += s.tokens * shape.query_heads;
   }
   record.activation_bytes = 2 * record.m * layout.head_dim * 4;
   return record;
@@ -93,23 +102,24 @@ OpRecord check_attention(const KvLayout& layout, const AttentionShape& shape, st
 
 void attention(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
                std::span<const AttentionSequence> seqs) {
-  const OpRecord record = check_attention(layout, shape, seqs);
-  if (record.m == 0) return;
+  if (check_attention(layout, shape, seqs) == 0) return;
   OpScope scope(ctx, OpKind::kAttention);
   cpu::AttentionRun run(ctx, layout, shape, seqs);
   std::atomic<int64_t> pairs = 0;
   const auto item = [&](int64_t index, int thread) { pairs += run.item(seqs, index, thread); };
   ctx.pool.parallel_runs(run.items(), std::ref(item));
   if (!scope.on()) return;
-  scope.record = record;
+  scope.record = record_of(layout, shape, seqs);
   scope.record.layer = ctx.layer;
   scope.record.macs = pairs * 2 * layout.head_dim;
 }
 
 AttentionPlan::AttentionPlan(Context& ctx, const KvLayout& layout, const AttentionShape& shape,
                              std::span<const AttentionSequence> seqs)
-    : record_(check_attention(layout, shape, seqs)) {
-  if (record_.m > 0) run_ = std::make_unique<cpu::AttentionRun>(ctx, layout, shape, seqs);
+    : head_dim_(layout.head_dim) {
+  if (check_attention(layout, shape, seqs) == 0) return;
+  if (ctx.trace) record_ = record_of(layout, shape, seqs);
+  run_ = std::make_unique<cpu::AttentionRun>(ctx, layout, shape, seqs);
 }
 
 AttentionPlan::~AttentionPlan() = default;
@@ -124,7 +134,7 @@ void AttentionPlan::item(Context& lane, std::span<const AttentionSequence> seqs,
   // The first item speaks for all but for the products of each.
   if (index == 0) scope.record = record_;
   scope.record.layer = lane.layer;
-  scope.record.macs = pairs * 2 * record_.k;
+  scope.record.macs = pairs * 2 * head_dim_;
 }
 
 void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,

@@ -95,7 +95,8 @@ class AttentionPlan {
   void item(Context& lane, std::span<const AttentionSequence> seqs, int64_t index, int thread);
 
  private:
-  OpRecord record_;
+  int64_t head_dim_;
+  OpRecord record_;                         // if someone listens to ctx
   std::unique_ptr<cpu::AttentionRun> run_;  // null: nothing to do
 };
 

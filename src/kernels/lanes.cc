@@ -17,52 +17,34 @@ int64_t rows_of_piece(int64_t m, int64_t threads) {
   return ceil_div(ceil_div(m, wanted), kRows) * kRows;
 }
 
-// What adds up over the pieces of an op: a line, which is all that the caller's core reads of another's records.
-struct alignas(64) OpPart {
-  explicit OpPart(const OpRecord& r)
-      : m(r.m),
-        n(r.n),
-        k(r.k),
-        macs(r.macs),
-        activation_bytes(r.activation_bytes),
-        kv_read_bytes(r.kv_read_bytes),
-        kv_write_bytes(r.kv_write_bytes),
-        duration_ns(r.duration_ns) {}
-  void add(const OpPart& o) {
-    m += o.m;
-    n = std::max(n, o.n);
-    k = std::max(k, o.k);
-    macs += o.macs;
-    activation_bytes += o.activation_bytes;
-    kv_read_bytes += o.kv_read_bytes;
-    kv_write_bytes += o.kv_write_bytes;
-    duration_ns += o.duration_ns;
-  }
-  int64_t m, n, k, macs, activation_bytes, kv_read_bytes, kv_write_bytes, duration_ns;
-};
+// Adds a record of other rows of the same op.
+void add(OpRecord& sum, const OpRecord& r) {
+  sum.m += r.m;
+  sum.n = std::max(sum.n, r.n);
+  sum.k = std::max(sum.k, r.k);
+  sum.macs += r.macs;
+  sum.activation_bytes += r.activation_bytes;
+  sum.kv_read_bytes += r.kv_read_bytes;
+  sum.kv_write_bytes += r.kv_write_bytes;
+  sum.duration_ns += r.duration_ns;
+}
 
 }  // namespace
 
-struct alignas(kBetweenWorkspaces) Lanes::Lane : TraceSink {
+struct Lanes::Lane : TraceSink {
   explicit Lane(MemoryAccount& memory) : ctx(memory, 1) { ctx.last_op = &last_op; }
-  // Phases are loops of the chain, steps and mixings. Of one op after the other, over the lane's pieces.
-  struct Phase {
-    std::vector<OpRecord> first;
-    std::vector<OpPart> parts;
-  };
   void record(const OpRecord& r) override {
-    Phase& p = phases[phase];
-    if (at == p.parts.size()) {
-      p.first.push_back(r);
-      p.parts.emplace_back(r);
-    } else {
-      p.parts[at].add(OpPart(r));
-    }
+    std::vector<OpRecord>& all = records[phase];
+    if (at == all.size())
+      all.push_back(r);
+    else
+      add(all[at], r);
     ++at;
   }
   Context ctx;
   std::chrono::steady_clock::time_point last_op;
-  std::vector<Phase> phases;
+  // Of one op after the other of a phase, over the lane's pieces. Phases are loops of the chain, steps and mixings.
+  std::vector<std::vector<OpRecord>> records;
   size_t phase = 0, at = 0;  // where the piece's next goes
 };
 
@@ -76,11 +58,8 @@ void Lanes::begin(Context& ctx, int64_t phases) {
     lane->ctx.activations = ctx.activations;
     lane->ctx.layer = ctx.layer;
     lane->ctx.trace = ctx.trace ? lane.get() : nullptr;
-    lane->phases.resize(static_cast<size_t>(phases));
-    for (Lane::Phase& p : lane->phases) {
-      p.first.clear();
-      p.parts.clear();
-    }
+    lane->records.resize(static_cast<size_t>(phases));
+    for (auto& records : lane->records) records.clear();
   }
 }
 
@@ -95,38 +74,25 @@ Context& Lanes::enter(int thread, int64_t phase) {
 void Lanes::report(Context& ctx) {
   if (!ctx.trace) return;
   const auto threads = static_cast<int64_t>(lanes_.size());
-  for (size_t phase = 0; phase < lanes_[0]->phases.size(); ++phase) {
-    // Some lane has run the phase, and all that have the same ops.
-    const auto has = [phase](const auto& lane) { return !lane->phases[phase].parts.empty(); };
-    const auto some = std::find_if(lanes_.begin(), lanes_.end(), has);
-    if (some == lanes_.end()) continue;
-    const Lane::Phase& one = (*some)->phases[phase];
-    for (size_t i = 0; i < one.parts.size(); ++i) {
-      OpPart sum = one.parts[i];
-      for (auto other = some + 1; other != lanes_.end(); ++other)
-        if (has(*other)) sum.add((*other)->phases[phase].parts[i]);
-      OpRecord r = one.first[i];
-      r.m = sum.m;
-      r.n = sum.n;
-      r.k = sum.k;
-      r.macs = sum.macs;
-      r.activation_bytes = sum.activation_bytes;
-      r.kv_read_bytes = sum.kv_read_bytes;
-      r.kv_write_bytes = sum.kv_write_bytes;
-      r.duration_ns = sum.duration_ns / threads;
+  for (size_t phase = 0; phase < lanes_[0]->records.size(); ++phase) {
+    std::vector<OpRecord>& sum = lanes_[0]->records[phase];
+    for (size_t t = 1; t < lanes_.size(); ++t) {
+      std::vector<OpRecord>& other = lanes_[t]->records[phase];
+      if (sum.empty()) sum.swap(other);
+      for (size_t i = 0; i < other.size(); ++i) add(sum[i], other[i]);
+    }
+    for (OpRecord& r : sum) {
+      r.duration_ns /= threads;
       ctx.trace->record(r);
     }
   }
 }
 
 void Lanes::rows(Context& ctx, int64_t m, const Rows& body) {
-  begin(ctx, 1);
-  const int64_t rows = rows_of_piece(m, ctx.pool.size());
-  const auto piece = [&](int64_t index, int thread) {
-    body(enter(thread, 0), index * rows, std::min(rows, m - index * rows));
-  };
-  ctx.pool.parallel_for(ceil_div(m, rows), std::ref(piece));
-  report(ctx);
+  Steps once;
+  once.steps = 1;
+  once.body = [&](Context& lane, int64_t, int64_t first, int64_t rows) { body(lane, first, rows); };
+  chain(ctx, m, once);
 }
 
 // To the threads' runs of a chain's loop like cards, so that what gets shorter from first to last is shared out evenly.

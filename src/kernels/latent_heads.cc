@@ -74,10 +74,6 @@ void prepare_heads(Context& ctx, const KvLayout& layout, const HeadPreparation& 
           const uint32_t in_page = slot % pages.slots;
           row.key[h] = base + pages.codes[0] + in_page * pages.row_bytes;
           row.value[h] = base + pages.codes[1] + in_page * pages.row_bytes;
-          for (int64_t line = 0; line < 2 * d; line += 64) {
-            __builtin_prefetch(row.key[h] + line, 1);
-            __builtin_prefetch(row.value[h] + line, 1);
-          }
           std::memcpy(base + position_offset + in_page * 4, &position, 4);
         }
         row.q = queries ? q + at * stride : nullptr;

@@ -24,12 +24,6 @@ struct RowTable {
   int64_t stride = 0;
   const int32_t* of_row = nullptr;  // [m]
   const float* row(int64_t i) const { return values + of_row[i] * stride; }
-  // Asks for the first `count` values of m rows ahead of their use: a table of all timesteps lies in no near cache.
-  void prefetch(int64_t m, int64_t count) const {
-    for (int64_t i = 0; i < m; ++i)
-      if (i == 0 || of_row[i] != of_row[i - 1])
-        for (int64_t c = 0; c < count; c += 16) __builtin_prefetch(row(i) + c);
-  }
 };
 
 // Adaptive layer norm: y[m, d] = norm(x) * (1 + scale) + shift with a row's shift and, behind it, scale:

@@ -143,8 +143,6 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
   const auto leave = [&](Context& c, int layer, int64_t first, int64_t n, const Rows& r, float* wide) {
     const Layer& l = layers_[static_cast<size_t>(layer)];
     c.layer = layer;
-    at(layer, 2, first).prefetch(n, 4 * d);
-    into(layer + 1, first).prefetch(n, 2 * d);
     linear(c, l.out, r.mixed, n, r.branch);
     if (show) show("dit", "attn", layer, r.branch, d, d);
     add_and_norm(c, at(layer, 2, first), plain, at(layer, 3, first), r, n, "after_attn", layer);

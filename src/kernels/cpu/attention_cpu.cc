@@ -35,8 +35,8 @@ int64_t blocked_workspace(const AttentionJob& job, const AttentionItem& item) {
          kRowBlock * 12 + tokens * 16;
 }
 
-void blocked_item(Context& ctx, const AttentionJob& job, AttentionItem& item, int thread) {
-  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+void blocked_item(Context& ctx, const AttentionJob& job, Sequences seqs, AttentionItem& item, int thread) {
+  const AttentionSequence& s = seqs[static_cast<size_t>(item.sequence)];
   const KvHeadView& head = s.heads[item.head];
   const TileOps& tile = job.tile;
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item);
@@ -65,7 +65,7 @@ void blocked_item(Context& ctx, const AttentionJob& job, AttentionItem& item, in
   std::fill_n(sums, rows * ld, 0.0f);
   std::fill_n(max, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(total, rows, 0.0f);
-  visible_slots(job, item, begin, end);
+  visible_slots(job, s, item, begin, end);
 
   const int64_t last = end[tokens - 1];
   for (int64_t slot = begin[0] / kKeyTile * kKeyTile; slot < last; slot += kKeyTile) {
@@ -93,13 +93,13 @@ void blocked_item(Context& ctx, const AttentionJob& job, AttentionItem& item, in
       tile.values(p, kKeyTile, values, from, to - from, m, static_cast<int>(d), shrink, sums + row * ld, ld);
     }
   }
-  finish(job, item, sums, max, total);
+  finish(job, s, item, sums, max, total);
 }
 
 // Puts the chunks of one head together by their log-sum-exp, in the order of their slots.
-void merge_chunks(const AttentionJob& job, const AttentionMerge& merge) {
+void merge_chunks(const AttentionJob& job, Sequences seqs, const AttentionMerge& merge) {
   const AttentionItem& item = job.items[merge.first];
-  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+  const AttentionSequence& s = seqs[static_cast<size_t>(item.sequence)];
   const int64_t rows = job.rows(item), ld = job.ld, d = job.d();
   const float* base = job.partials + item.partial;
   const int64_t step = job.partial_size(rows);
@@ -144,15 +144,15 @@ struct Plan {
   int64_t items = 0, merges = 0, partials = 0;
   int64_t workspace = 0;  // the most that any item takes
 };
-Plan plan(const AttentionJob& job, AttentionItem* items, AttentionMerge* merges) {
+Plan plan(const AttentionJob& job, Sequences seqs, AttentionItem* items, AttentionMerge* merges) {
   Plan n;
   const auto add = [&](const AttentionItem& item) {
     if (items) items[n.items] = item;
     ++n.items;
     n.workspace = std::max(n.workspace, workspace_bytes(job, item));
   };
-  for (size_t q = 0; q < job.sequences.size(); ++q) {
-    const AttentionSequence& s = job.sequences[q];
+  for (size_t q = 0; q < seqs.size(); ++q) {
+    const AttentionSequence& s = seqs[q];
     if (s.tokens == 0) continue;
     const bool lanes = job.lane_ops && job.group <= kLaneRows && s.tokens * job.group <= kMostLaneRows;
     const int64_t block = std::max<int64_t>(1, (lanes ? kLaneRows : kBlockRows) / job.group),
@@ -191,9 +191,8 @@ Plan plan(const AttentionJob& job, AttentionItem* items, AttentionMerge* merges)
 
 }  // namespace
 
-void finish(const AttentionJob& job, const AttentionItem& item, const float* sums, const float* max,
-            const float* total) {
-  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+void finish(const AttentionJob& job, const AttentionSequence& s, const AttentionItem& item, const float* sums,
+            const float* max, const float* total) {
   const int64_t rows = job.rows(item);
   if (item.partial >= 0) {
     float* p = job.partials + item.partial;
@@ -249,16 +248,15 @@ AttentionRun::AttentionRun(Context& ctx, const KvLayout& layout, const Attention
   const bool lanes = ctx.activations == ActivationType::kBF16 && layout.dtype == DType::kBF16 &&
                      (layout.head_dim == 32 || layout.head_dim == 64 || layout.head_dim == 128);
   const bool heads = ctx.activations == ActivationType::kBF16 && layout.page_slots % kHeadSlots == 0;
-  jobs_.reserve(static_cast<size_t>(ctx.pool.size()));
-  jobs_.push_back({layout, PageMap(layout), shape, seqs, ops, tile,
-                   ctx.activations == ActivationType::kBF16 ? ops.narrow : nullptr, heads ? ops.heads : nullptr,
-                   lanes ? ops.lanes : nullptr, shape.query_heads / shape.kv_heads, round_up(layout.head_dim, kPad),
-                   shape.q_stride ? shape.q_stride : row, shape.out_stride ? shape.out_stride : row,
-                   shape.scale * kLog2e});
-  AttentionJob& job = jobs_[0];
+  job_ = std::make_unique<AttentionJob>(AttentionJob{
+      layout, PageMap(layout), shape, ops, tile, ctx.activations == ActivationType::kBF16 ? ops.narrow : nullptr,
+      heads ? ops.heads : nullptr, lanes ? ops.lanes : nullptr, shape.query_heads / shape.kv_heads,
+      round_up(layout.head_dim, kPad), shape.q_stride ? shape.q_stride : row, shape.out_stride ? shape.out_stride : row,
+      shape.scale * kLog2e});
+  AttentionJob& job = *job_;
   const auto stretch_bytes = static_cast<int64_t>(job.pages.row_bytes * job.pages.slots);
   job.fetch_steps = (kFetchAhead + stretch_bytes - 1) / stretch_bytes;
-  const Plan size = plan(job, nullptr, nullptr);
+  const Plan size = plan(job, seqs, nullptr, nullptr);
   Carver carve(ctx.workspace<std::byte>(
       ctx.shared_slot(),
       static_cast<size_t>(192 + size.items * static_cast<int64_t>(sizeof(AttentionItem)) +
@@ -267,40 +265,38 @@ AttentionRun::AttentionRun(Context& ctx, const KvLayout& layout, const Attention
   job.items_end = job.items + size.items;
   job.merges = carve.take<AttentionMerge>(size.merges);
   job.partials = carve.take<float>(size.partials);
-  plan(job, job.items, job.merges);
+  plan(job, seqs, job.items, job.merges);
 
   // All at once: whichever thread takes an item, memory is the same from call to call.
   for (int t = 0; t < ctx.pool.size(); ++t) ctx.workspace<std::byte>(t, static_cast<size_t>(size.workspace));
-  while (jobs_.size() < static_cast<size_t>(ctx.pool.size())) jobs_.push_back(job);
 }
 
 AttentionRun::~AttentionRun() = default;
 
-int64_t AttentionRun::items() const { return jobs_[0].items_end - jobs_[0].items; }
+int64_t AttentionRun::items() const { return job_->items_end - job_->items; }
 
 int64_t AttentionRun::first_item(int64_t sequence) const {
-  const AttentionItem* items = jobs_[0].items;
-  return std::lower_bound(items, jobs_[0].items_end, sequence,
+  const AttentionItem* items = job_->items;
+  return std::lower_bound(items, job_->items_end, sequence,
                           [](const AttentionItem& item, int64_t s) { return item.sequence < s; }) -
          items;
 }
 
 int64_t AttentionRun::item(std::span<const AttentionSequence> seqs, int64_t index, int thread) {
-  AttentionJob& job = jobs_[static_cast<size_t>(thread)];
-  job.sequences = seqs;
+  const AttentionJob& job = *job_;
   AttentionItem& item = job.items[index];
   if (job.lanes(item))
-    lane_item(*ctx_, job, item, thread);
+    lane_item(*ctx_, job, seqs, item, thread);
   else if (job.streams(item))
-    streaming_item(*ctx_, job, item, thread);
+    streaming_item(*ctx_, job, seqs, item, thread);
   else
-    blocked_item(*ctx_, job, item, thread);
+    blocked_item(*ctx_, job, seqs, item, thread);
   const int64_t pairs = item.pairs;
   // Who is done last puts the chunks together, and leaves the count for the next layer's.
   if (item.merge >= 0) {
     AttentionMerge& merge = job.merges[item.merge];
     if (std::atomic_ref(merge.left).fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      merge_chunks(job, merge);
+      merge_chunks(job, seqs, merge);
       std::atomic_ref(merge.left).store(merge.chunks, std::memory_order_relaxed);
     }
   }

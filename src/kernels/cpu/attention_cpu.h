@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <memory>
-#include <vector>
 
 #include "kernels/attention.h"
 #include "kernels/cpu/attention_ops.h"
@@ -79,7 +78,7 @@ class AttentionRun {
 
  private:
   Context* ctx_;
-  std::vector<AttentionJob> jobs_;  // one a thread: they differ in the sequences of the layer that each is at
+  std::unique_ptr<AttentionJob> job_;
 };
 
 void merge_attention(Context& ctx, int64_t rows, int64_t d, float* out, float* lse, const float* other,

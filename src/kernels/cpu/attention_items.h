@@ -31,11 +31,13 @@ struct alignas(64) AttentionMerge {
   int64_t left;  // items that are not done
 };
 
-struct alignas(64) AttentionJob {
+// Those of the call, or of the layer that an item is run for.
+using Sequences = std::span<const AttentionSequence>;
+
+struct AttentionJob {
   KvLayout layout;
   PageMap pages;
   AttentionShape shape;
-  std::span<const AttentionSequence> sequences;
   const AttentionOps& ops;
   const TileOps& tile;
   const NarrowOps* narrow_ops;  // null: operands stay f32
@@ -99,8 +101,8 @@ class Carver {
 };
 
 // The slots each token of an item sees, clipped to the item's: [begin, end), both ascending.
-inline void visible_slots(const AttentionJob& job, AttentionItem& item, int64_t* begin, int64_t* end) {
-  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+inline void visible_slots(const AttentionJob& job, const AttentionSequence& s, AttentionItem& item, int64_t* begin,
+                          int64_t* end) {
   const KvHeadView& head = s.heads[item.head];
   int64_t lo = item.slot_begin;
   item.pairs = 0;
@@ -134,13 +136,13 @@ inline void row_ranges(const int64_t* begin, const int64_t* end, int64_t row, in
 }
 
 // Divides the sums by the softmax's denominator, or leaves all three for the merge.
-void finish(const AttentionJob& job, const AttentionItem& item, const float* sums, const float* max,
-            const float* total);
+void finish(const AttentionJob& job, const AttentionSequence& s, const AttentionItem& item, const float* sums,
+            const float* max, const float* total);
 
 // Bytes that an item takes from its thread's workspace, and the item. 64 bytes for each array cover the alignment.
 int64_t streaming_workspace(const AttentionJob& job, const AttentionItem& item);
-void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, int thread);
+void streaming_item(Context& ctx, const AttentionJob& job, Sequences seqs, AttentionItem& item, int thread);
 int64_t lane_workspace(const AttentionJob& job, const AttentionItem& item);
-void lane_item(Context& ctx, const AttentionJob& job, AttentionItem& item, int thread);
+void lane_item(Context& ctx, const AttentionJob& job, Sequences seqs, AttentionItem& item, int thread);
 
 }  // namespace lacuna::cpu

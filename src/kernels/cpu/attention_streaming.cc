@@ -34,7 +34,7 @@ int64_t tile_slots(const AttentionJob& job, const AttentionItem& item) {
 // too, read their pages: the keys of a tile's pages, then their values. (Over pages larger than a tile it is too fast.)
 class Ahead {
  public:
-  Ahead(const AttentionJob& job, const AttentionItem& item, int64_t slot) : job_(job) {
+  Ahead(const AttentionJob& job, Sequences seqs, const AttentionItem& item, int64_t slot) : job_(job), seqs_(seqs) {
     enter(&item, slot);
     // A tile's values are read together, so the last of them must be on its way before the last keys are used.
     const int64_t steps = std::max<int64_t>(job.fetch_steps, tile_pages_ > 1 ? tile_pages_ + 1 : 0);
@@ -59,7 +59,7 @@ class Ahead {
     item_ = item;
     const auto slots = job_.pages.slots;
     tile_pages_ = static_cast<uint32_t>(std::max<int64_t>(1, tile_slots(job_, *item) / slots));
-    pages_ = job_.sequences[static_cast<size_t>(item->sequence)].heads[item->head].pages;
+    pages_ = seqs_[static_cast<size_t>(item->sequence)].heads[item->head].pages;
     part_ = 0;
     page_ = tile_ = static_cast<uint32_t>(slot) / slots;
     end_ = (static_cast<uint32_t>(item->slot_end) + slots - 1) / slots;
@@ -86,6 +86,7 @@ class Ahead {
   static constexpr int kPagesAhead = 16;
 
   const AttentionJob& job_;
+  Sequences seqs_;
   const AttentionItem* item_;  // null: nothing is left
   const std::byte* const* pages_;
   uint32_t tile_pages_, tile_, tile_end_, end_;  // all in pages
@@ -104,8 +105,8 @@ int64_t streaming_workspace(const AttentionJob& job, const AttentionItem& item) 
   return 16 * 64 + rows * (2 * job.ld * 4 + 160) + tile_rows(rows) * kStreamTile * 6 + query + tokens * 16;
 }
 
-void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, int thread) {
-  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+void streaming_item(Context& ctx, const AttentionJob& job, Sequences seqs, AttentionItem& item, int thread) {
+  const AttentionSequence& s = seqs[static_cast<size_t>(item.sequence)];
   const KvHeadView& head = s.heads[item.head];
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), ld = job.ld;
   Carver carve(ctx.workspace<std::byte>(thread, static_cast<size_t>(streaming_workspace(job, item))));
@@ -135,7 +136,7 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
   std::fill_n(sums, rows * ld, 0.0f);
   std::fill_n(max, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(total, rows, 0.0f);
-  visible_slots(job, item, begin, end);
+  visible_slots(job, s, item, begin, end);
 
   std::fill_n(narrow_total, narrow ? rows * 16 : 0, 0.0f);
   void* p = narrow ? static_cast<void*>(narrow_p) : scores;
@@ -145,7 +146,7 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
     for (int64_t i = 0; i < rows; ++i)
       if (shrink[i] != 1.0f) job.ops.scale_row(sums + i * ld, shrink[i], ld, sums + i * ld);
   };
-  Ahead ahead(job, item, begin[0]);
+  Ahead ahead(job, seqs, item, begin[0]);
   SlotRun runs[kStreamTile];
   const auto runs_of = [&](KvPart part, int64_t from, int64_t to) {
     // As stretch() finds them, but with one division for all.
@@ -207,7 +208,7 @@ void streaming_item(Context& ctx, const AttentionJob& job, AttentionItem& item, 
       total[i] = std::accumulate(lanes, lanes + 16, 0.0f);
     }
   }
-  finish(job, item, sums, max, total);
+  finish(job, s, item, sums, max, total);
 }
 
 int64_t lane_workspace(const AttentionJob& job, const AttentionItem& item) {
@@ -215,8 +216,8 @@ int64_t lane_workspace(const AttentionJob& job, const AttentionItem& item) {
   return 12 * 64 + kLaneRows * (job.d() * 2 + job.ld * 4 + 16) + kLanePairs * (kLaneRows + job.d()) * 4 + tokens * 16;
 }
 
-void lane_item(Context& ctx, const AttentionJob& job, AttentionItem& item, int thread) {
-  const AttentionSequence& s = job.sequences[static_cast<size_t>(item.sequence)];
+void lane_item(Context& ctx, const AttentionJob& job, Sequences seqs, AttentionItem& item, int thread) {
+  const AttentionSequence& s = seqs[static_cast<size_t>(item.sequence)];
   const KvHeadView& head = s.heads[item.head];
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), d = job.d();
   Carver carve(ctx.workspace<std::byte>(thread, static_cast<size_t>(lane_workspace(job, item))));
@@ -238,7 +239,7 @@ void lane_item(Context& ctx, const AttentionJob& job, AttentionItem& item, int t
   lanes.sums = item.partial >= 0 ? job.partials + item.partial : sums;
   lanes.ld = job.ld;
 
-  visible_slots(job, item, begin, end);
+  visible_slots(job, s, item, begin, end);
   const float* q[kLaneRows];
   float* out[kLaneRows];
   int64_t row = 0;
@@ -260,12 +261,12 @@ void lane_item(Context& ctx, const AttentionJob& job, AttentionItem& item, int t
   for (int64_t slot = begin[0]; slot < last;) {
     const KvStretch k = part_of(head, KvPart::kKeys, slot), v = part_of(head, KvPart::kValues, slot);
     const int64_t count = std::min(k.count, last - slot), after = slot + count;
-    // Most often this thread's next item begins where this one ends, or with the next head.
+    // In a call of attention() this thread's next item most often begins where this one ends, or with the next head.
     const AttentionItem* next = &item + 1;
     const KvHeadView* other = &head;
     int64_t at = slot + kLanesAhead;
     if (at >= head.length && next < job.items_end) {
-      other = &job.sequences[static_cast<size_t>(next->sequence)].heads[next->head];
+      other = &seqs[static_cast<size_t>(next->sequence)].heads[next->head];
       at += next->slot_begin - head.length;
     }
     LaneAhead ahead{};

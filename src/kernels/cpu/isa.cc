@@ -23,6 +23,10 @@ bool has_f16c() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+bool is_amd() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
+}
 #endif
 
 Isa from_environment() {
@@ -68,10 +72,7 @@ Isa detected_isa() {
 
 bool has_fast_bf16_pairs() {
 #if defined(__x86_64__)
-  static const bool has = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
-  }();
+  static const bool has = is_amd();
   return has;
 #else
   return false;
@@ -82,7 +83,7 @@ bool has_full_width_units() {
 #if defined(__x86_64__)
   static const bool has = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+    if (!is_amd() || !__get_cpuid(1, &a, &b, &c, &d)) return false;
     return (a >> 8 & 15) == 15 && (a >> 20 & 255) >= 11;  // base family 15 and the extended one on top: 26
   }();
   return has;
