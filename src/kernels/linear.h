@@ -14,7 +14,6 @@ struct LinearWeight {
   const float* bias = nullptr;  // [N] or null
   const void* panels = nullptr;  // the weights once more, packed (pack_panels), or null
   size_t panel_bytes = 0;
-  bool one_body = false;  // for any M: rows that are shared out among threads keep their bits
   int64_t out() const { return weight.shape[0]; }
   int64_t in() const { return weight.shape[1]; }
 };
@@ -35,9 +34,10 @@ void gelu_mlp(Context& ctx, const LinearWeight& in, const LinearWeight& out, con
               float* y);
 
 // A second copy of a weight of a model that stays in the caches, where unpacking the weights of every call costs as
-// much as reading them: bf16 words in the order in which products with bf16 activations take them. With it a product
-// has one body for any M, whose rows have the bits of the large-M body. Its bytes; 0 where no such product exists
-// (other activations, weights that bf16 does not hold, processors without bf16 pairs).
+// much as reading them: words in the order in which products take them, pairs of bf16 for products with bf16
+// activations, f32 for weights that bf16 does not hold. With it a product has one body for any M, whose rows have the
+// bits of the large-M body. Its bytes; 0 where no such product exists (bf16 or int8 weights with f32 activations,
+// processors without bf16 pairs).
 size_t panel_bytes(const Context& ctx, const LinearWeight& w);
 // Gives all of them panels, which live in the result; none of them, and nothing, if one cannot have any or they would
 // take more than `most` bytes.

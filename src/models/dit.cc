@@ -178,10 +178,9 @@ void Dit::forward(Context& ctx, const LatentChunk& chunk, const KvLayout& layout
 }
 
 void Dit::pack(Context& ctx) {
-  std::vector<LinearWeight*> all;
+  std::vector<LinearWeight*> all = {&in_, &out_};
   for (Layer& l : layers_) all.insert(all.end(), {&l.qkv, &l.out, &l.mlp_in, &l.mlp_out});
   panels_ = pack_panels(ctx, all, kPanelBytes);
-  in_.one_body = out_.one_body = static_cast<bool>(panels_);
 }
 
 size_t Dit::velocity_bytes() const {

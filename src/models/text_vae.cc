@@ -181,7 +181,7 @@ void TextVae::decode(Context& ctx, const LatentChunk& chunk, const KvLayout& lay
 }
 
 void TextVae::pack(Context& ctx) {
-  std::vector<LinearWeight*> all = {&patch_, &posterior_, &unpatch_, &head_};
+  std::vector<LinearWeight*> all = {&patch_, &posterior_, &in_, &unpatch_, &head_};
   encoder_.matrices(all);
   decoder_.matrices(all);
   panels_ = pack_panels(ctx, all, kPanelBytes);

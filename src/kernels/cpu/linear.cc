@@ -1,7 +1,9 @@
 #include "kernels/cpu/linear.h"
 
 #include <algorithm>
+#include <bit>
 #include <functional>
+#include <vector>
 
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/linear_bodies.h"
@@ -14,10 +16,11 @@ namespace {
 constexpr int64_t kWantedPieces = 32;
 
 // f32 and f16 weights lose bits in bf16, so they stay wide whatever the activations are.
+bool is_wide(DType weights) { return weights != DType::kBF16 && weights != DType::kI8; }
+
 Operand operand_for(ActivationType activations, DType weights, const LinearBodies& b) {
   if (activations == ActivationType::kF32) return Operand::kF32;
-  const bool exact = weights == DType::kBF16 || weights == DType::kI8;
-  return exact && b.bf16_pairs ? Operand::kBf16Pair : Operand::kF32Rounded;
+  return !is_wide(weights) && b.bf16_pairs ? Operand::kBf16Pair : Operand::kF32Rounded;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -67,31 +70,36 @@ void linear_small(Context& ctx, const LinearBodies& b, Operand operand, const Li
   });
 }
 
-// Words of a row of k values for products with panels: where the small-M bodies want them.
-int64_t panel_words(const LinearBodies& b, int64_t k) { return b.small_words(words(Operand::kBf16Pair, k)); }
+// Whether a product takes the weight's panels: those of wide weights hold f32, the others' pairs.
+bool takes_panels(const LinearWeight& w, Operand operand) {
+  return w.panels && (operand == Operand::kBf16Pair || is_wide(w.weight.dtype));
+}
 
-void pack_for_panels(Context& ctx, const LinearBodies& b, const float* x, int64_t m, int64_t k, int64_t x_stride,
-                     float* packed) {
-  const int64_t x_words = panel_words(b, k);
+// Words of a row of k values for products with panels: where the small-M bodies want them.
+int64_t panel_words(const LinearBodies& b, Operand operand, int64_t k) { return b.small_words(words(operand, k)); }
+
+void pack_for_panels(Context& ctx, const LinearBodies& b, Operand operand, const float* x, int64_t m, int64_t k,
+                     int64_t x_stride, float* packed) {
+  const int64_t x_words = panel_words(b, operand, k);
   const auto pack = [&](int64_t index, int) {
     for (int64_t i = index * kPanelRows; i < std::min(m, (index + 1) * kPanelRows); ++i)
-      b.pack_small(Operand::kBf16Pair, x + i * x_stride, k, packed + i * x_words);
+      b.pack_small(operand, x + i * x_stride, k, packed + i * x_words);
   };
   ctx.pool.parallel_for(ceil_div(m, kPanelRows), std::ref(pack));
 }
 
 // y of packed x, or, if gelu is not null, GELU of it packed there.
-void panel_products(Context& ctx, const LinearBodies& b, const LinearWeight& w, const float* packed, int64_t m, float* y,
-                    LinearMode mode, int64_t y_stride, float* gelu = nullptr) {
+void panel_products(Context& ctx, const LinearBodies& b, Operand operand, const LinearWeight& w, const float* packed,
+                    int64_t m, float* y, LinearMode mode, int64_t y_stride, float* gelu = nullptr) {
   const PanelBodies& panels = b.panels();
-  const int64_t n = w.out(), k_words = words(Operand::kBf16Pair, w.in()), x_words = panel_words(b, w.in());
+  const int64_t n = w.out(), k_words = words(operand, w.in()), x_words = panel_words(b, operand, w.in());
   const int64_t row_pieces = ceil_div(m, kPanelRows), column_pieces = ceil_div(n, kPanelColumns);
   if (gelu)
     for (int t = 0; t < ctx.pool.size(); ++t) ctx.workspace<float>(t, kPanelRows * kPanelColumns);
   const auto product = [&](int64_t index, int thread) {
     const int64_t row = index / column_pieces * kPanelRows, first = index % column_pieces * kPanelColumns;
-    LinearPiece p = piece(w, Operand::kBf16Pair, row, std::min(kPanelRows, m - row), first,
-                          std::min(kPanelColumns, n - first), y, y_stride, mode);
+    LinearPiece p = piece(w, operand, row, std::min(kPanelRows, m - row), first, std::min(kPanelColumns, n - first), y,
+                          y_stride, mode);
     p.weight = static_cast<const float*>(w.panels) + first * k_words;
     p.x = packed + row * x_words;
     if (gelu) {
@@ -99,17 +107,18 @@ void panel_products(Context& ctx, const LinearBodies& b, const LinearWeight& w, 
       p.y_stride = kPanelColumns;
     }
     panels.product(p, x_words);
-    const int64_t gelu_words = panel_words(b, n);
+    const int64_t gelu_words = panel_words(b, operand, n);
     if (gelu) panels.pack_gelu(p.y, p.y_stride, p.m, p.count, gelu + row * gelu_words + first / 2, gelu_words);
   };
   ctx.pool.parallel_for(row_pieces * column_pieces, std::ref(product));
 }
 
-void linear_panels(Context& ctx, const LinearBodies& b, const LinearWeight& w, const float* x, int64_t m, float* y,
-                   LinearMode mode, int64_t x_stride, int64_t y_stride) {
-  float* packed = ctx.workspace<float>(ctx.shared_slot(), static_cast<size_t>(m * panel_words(b, w.in())));
-  pack_for_panels(ctx, b, x, m, w.in(), x_stride, packed);
-  panel_products(ctx, b, w, packed, m, y, mode, y_stride);
+void linear_panels(Context& ctx, const LinearBodies& b, Operand operand, const LinearWeight& w, const float* x,
+                   int64_t m, float* y, LinearMode mode, int64_t x_stride, int64_t y_stride) {
+  float* packed =
+      ctx.workspace<float>(ctx.shared_slot(), static_cast<size_t>(m * panel_words(b, operand, w.in())));
+  pack_for_panels(ctx, b, operand, x, m, w.in(), x_stride, packed);
+  panel_products(ctx, b, operand, w, packed, m, y, mode, y_stride);
 }
 
 void linear_large(Context& ctx, const LinearBodies& b, Operand operand, const LinearWeight& w, const float* x,
@@ -157,9 +166,9 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
             int64_t x_stride, int64_t y_stride) {
   const LinearBodies& b = linear_bodies();
   const Operand operand = operand_for(ctx.activations, w.weight.dtype, b);
-  if (w.panels && operand == Operand::kBf16Pair) return linear_panels(ctx, b, w, x, m, y, mode, x_stride, y_stride);
+  if (takes_panels(w, operand)) return linear_panels(ctx, b, operand, w, x, m, y, mode, x_stride, y_stride);
   const bool pair_codes = w.weight.dtype == DType::kI8 && operand == Operand::kBf16Pair;
-  if (!w.one_body && m <= (pair_codes ? kMaxSmallCodeRows : kMaxSmallRows))
+  if (m <= (pair_codes ? kMaxSmallCodeRows : kMaxSmallRows))
     return linear_small(ctx, b, operand, w, x, m, y, mode, x_stride, y_stride);
 #if defined(__x86_64__)
   // The same operands, rounded likewise, as f32.
@@ -177,41 +186,56 @@ bool packs_gelu(const Context& ctx, const LinearWeight& in, const LinearWeight& 
 }
 
 const float* linear_gelu(Context& ctx, const LinearWeight& w, const float* x, int64_t m) {
+  constexpr Operand kPair = Operand::kBf16Pair;
   const LinearBodies& b = linear_bodies();
-  const int64_t x_size = m * panel_words(b, w.in());
-  float* packed = ctx.workspace<float>(ctx.shared_slot(), static_cast<size_t>(x_size + m * panel_words(b, w.out())));
-  pack_for_panels(ctx, b, x, m, w.in(), w.in(), packed);
-  panel_products(ctx, b, w, packed, m, nullptr, LinearMode::kStore, 0, packed + x_size);
+  const int64_t x_size = m * panel_words(b, kPair, w.in());
+  float* packed =
+      ctx.workspace<float>(ctx.shared_slot(), static_cast<size_t>(x_size + m * panel_words(b, kPair, w.out())));
+  pack_for_panels(ctx, b, kPair, x, m, w.in(), w.in(), packed);
+  panel_products(ctx, b, kPair, w, packed, m, nullptr, LinearMode::kStore, 0, packed + x_size);
   return packed + x_size;
 }
 
 void linear_packed(Context& ctx, const LinearWeight& w, const float* packed, int64_t m, float* y) {
-  panel_products(ctx, linear_bodies(), w, packed, m, y, LinearMode::kStore, w.out());
+  panel_products(ctx, linear_bodies(), Operand::kBf16Pair, w, packed, m, y, LinearMode::kStore, w.out());
 }
 
 size_t panel_bytes(ActivationType activations, const Tensor& weight) {
   const LinearBodies& b = linear_bodies();
-  if (!b.panels || operand_for(activations, weight.dtype, b) != Operand::kBf16Pair) return 0;
+  if (!b.panels) return 0;
+  const Operand operand = operand_for(activations, weight.dtype, b);
+  if (operand != Operand::kBf16Pair && !is_wide(weight.dtype)) return 0;
   const int64_t lanes = b.panels().lanes;
-  return static_cast<size_t>(ceil_div(weight.shape[0], lanes) * lanes * words(Operand::kBf16Pair, weight.shape[1]) * 4);
+  return static_cast<size_t>(ceil_div(weight.shape[0], lanes) * lanes * words(operand, weight.shape[1]) * 4);
 }
 
 void pack_panels(Context& ctx, const Tensor& weight, void* panels) {
-  const int64_t n = weight.shape[0], k = weight.shape[1], k_words = words(Operand::kBf16Pair, k);
-  const int64_t lanes = linear_bodies().panels().lanes;
-  const auto value = [&](int64_t row, int64_t i) -> uint32_t {
-    if (row >= n || i >= k) return 0;
-    const int64_t at = row * k + i;
-    const BF16 v =
-        weight.dtype == DType::kBF16 ? weight.as<BF16>()[at] : to_bf16(static_cast<float>(weight.as<int8_t>()[at]));
-    return v.bits;
+  const LinearBodies& b = linear_bodies();
+  const bool wide = is_wide(weight.dtype);
+  const int64_t n = weight.shape[0], k = weight.shape[1], lanes = b.panels().lanes;
+  const int64_t k_words = words(wide ? Operand::kF32 : Operand::kBf16Pair, k);
+  // A piece of columns as f32 rows, and from there into the order of the panels.
+  const auto pack = [&](int64_t index, int) {
+    const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, n - first);
+    std::vector<float> rows(static_cast<size_t>(count * k));
+    const std::byte* from = weight.as<std::byte>() + first * k * static_cast<int64_t>(dtype_size(weight.dtype));
+    b.widen(weight.dtype, from, count * k, rows.data());
+    const auto value = [&](int64_t row, int64_t i) {
+      return row < count && i < k ? rows[static_cast<size_t>(row * k + i)] : 0.0f;
+    };
+    const auto word = [&](int64_t row, int64_t j) -> uint32_t {
+      if (wide) return std::bit_cast<uint32_t>(value(row, j));
+      return to_bf16(value(row, 2 * j)).bits | static_cast<uint32_t>(to_bf16(value(row, 2 * j + 1)).bits) << 16;
+    };
+    uint32_t* to = static_cast<uint32_t*>(panels) + first * k_words;
+    const int64_t vectors = ceil_div(count, lanes);
+    for (int64_t v = 0, take; v < vectors; v += take) {
+      take = panel_vectors(vectors - v);
+      for (int64_t j = 0; j < k_words; ++j)
+        for (int64_t row = v * lanes; row < (v + take) * lanes; ++row) *to++ = word(row, j);
+    }
   };
-  ctx.pool.parallel_for(ceil_div(n, lanes), [&](int64_t panel, int) {
-    uint32_t* to = static_cast<uint32_t*>(panels) + panel * k_words * lanes;
-    for (int64_t j = 0; j < k_words; ++j)
-      for (int64_t r = 0; r < lanes; ++r)
-        *to++ = value(panel * lanes + r, 2 * j) | value(panel * lanes + r, 2 * j + 1) << 16;
-  });
+  ctx.pool.parallel_for(ceil_div(n, kPanelColumns), std::ref(pack));
 }
 
 }  // namespace lacuna::cpu

@@ -89,17 +89,21 @@ struct DigitBodies {
 // What an int32 sum of a digit and a code, both as large as they get, takes of k.
 inline constexpr int64_t kMaxDigitK = int64_t{1} << 16;
 
-// Products of bf16 pairs with weights packed beforehand (LinearWeight::panels): word i of weight row n is word
-// [n / lanes][i][n % lanes].
+// Products with weights packed beforehand (LinearWeight::panels): pairs of bf16 if the weights are bf16 or int8, else f32
+// words. A panel is of up to three vectors of `lanes` weight rows, and word i of its row n is word [i][n]; panel_vectors()
+// says how the rows of a piece of kPanelColumns are divided.
 struct PanelBodies {
   int lanes = 0;
-  // As LinearBodies::large for any m and count, x as for small with rows x_words apart; piece.weight is the panel of
-  // the first column, a multiple of lanes.
+  // As LinearBodies::large for any m and count, x as for small with rows x_words apart; piece.weight is the first panel
+  // of a piece.
   void (*product)(const LinearPiece& piece, int64_t x_words);
   // gelu_tanh of `rows` rows of `count` values, a multiple of 32, as words of x: exact to 2e-4, well below what bf16
   // rounds off.
   void (*pack_gelu)(const float* y, int64_t y_stride, int64_t rows, int64_t count, float* words, int64_t x_words);
 };
+// Vectors of the next panel, of those that are left. Four are two and two: few sums do not cover the latency of the
+// products.
+inline constexpr int64_t panel_vectors(int64_t left) { return left >= 3 && left != 4 ? 3 : left >= 2 ? 2 : 1; }
 // Columns of a piece of such a product: what divides the work of small layers among a few threads.
 inline constexpr int64_t kPanelColumns = 96;
 // Rows of a piece: their words stay in the L1 or nearly.

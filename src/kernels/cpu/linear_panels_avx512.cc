@@ -1,11 +1,11 @@
 // Products with weights that were packed once, for matrices that stay in the caches. Vectors run along N, so that a
 // load gives one word of k for 16 weight rows, words of x are broadcast as they lie, and rows of y come out as rows:
-// nothing is transposed in a call. Sums and their order are those of the large-M body, bit for bit.
+// nothing is transposed in a call. A matrix is read from one end to the other, what the hardware asks for ahead. Sums
+// and their order are those of the large-M body, bit for bit.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
 
-#include "kernels/cpu/attention_vec.h"
 #include "kernels/cpu/linear_bodies.h"
 
 namespace lacuna::cpu {
@@ -14,10 +14,16 @@ namespace {
 constexpr int kLanes = 16;
 // Eight rows of x by three vectors of weights: 24 sums, the vectors and a broadcast fit 32 registers, and 11 loads
 // serve 24 multiply-adds. K = 192 of three vectors are 18 KB, which stay in the L1 for all rows of x.
-constexpr int kMostRows = 8, kMostVectors = 3;
+constexpr int kMostRows = 8;
 
-// kRows rows of x times kVectors panels; column 0 of y is the first panel's first.
-template <int kRows, int kVectors>
+template <bool kPairs>
+inline __m512 multiply_add(__m512 sum, __m512 x, __m512 w) {
+  if constexpr (kPairs) return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
+  return _mm512_fmadd_ps(x, w, sum);
+}
+
+// kRows rows of x times a panel of kVectors; column 0 of y is the panel's first.
+template <bool kPairs, int kRows, int kVectors>
 void panel_tile(const LinearPiece& p, const float* x, int64_t x_words, const float* w, int64_t words, int64_t column,
                 float* y) {
   __m512 sum[kRows][kVectors];
@@ -25,16 +31,15 @@ void panel_tile(const LinearPiece& p, const float* x, int64_t x_words, const flo
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_setzero_ps();
-  const int64_t panel = words * kLanes;
-  for (int64_t j = 0; j < words; ++j) {
-    __m512bh wv[kVectors];
+  for (int64_t j = 0; j < words; ++j, w += kVectors * kLanes) {
+    __m512 wv[kVectors];
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) wv[v] = reinterpret_cast<__m512bh>(_mm512_loadu_ps(w + v * panel + j * kLanes));
+    for (int v = 0; v < kVectors; ++v) wv[v] = _mm512_loadu_ps(w + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const auto xr = reinterpret_cast<__m512bh>(_mm512_set1_ps(x[r * x_words + j]));
+      const __m512 xr = _mm512_set1_ps(x[r * x_words + j]);
 #pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], xr, wv[v]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add<kPairs>(sum[r][v], xr, wv[v]);
     }
   }
 #pragma GCC unroll 3
@@ -53,41 +58,41 @@ void panel_tile(const LinearPiece& p, const float* x, int64_t x_words, const flo
   }
 }
 
-template <int kVectors, int kRows = kMostRows>
+template <bool kPairs, int kVectors, int kRows = kMostRows>
 void panel_rows(const LinearPiece& p, int64_t row, int64_t x_words, const float* w, int64_t words, int64_t column) {
   for (; row + kRows <= p.m; row += kRows)
-    panel_tile<kRows, kVectors>(p, static_cast<const float*>(p.x) + row * x_words, x_words, w, words, column,
-                                p.y + row * p.y_stride);
+    panel_tile<kPairs, kRows, kVectors>(p, static_cast<const float*>(p.x) + row * x_words, x_words, w, words, column,
+                                        p.y + row * p.y_stride);
   if constexpr (kRows > 1)
-    if (row < p.m) panel_rows<kVectors, kRows - 1>(p, row, x_words, w, words, column);
+    if (row < p.m) panel_rows<kPairs, kVectors, kRows - 1>(p, row, x_words, w, words, column);
 }
 
-void product(const LinearPiece& p, int64_t x_words) {
-  const int64_t words = (p.k + 1) / 2, vectors = (p.count + kLanes - 1) / kLanes;
+template <bool kPairs>
+void product_of(const LinearPiece& p, int64_t x_words) {
+  const int64_t words = kPairs ? (p.k + 1) / 2 : p.k, vectors = (p.count + kLanes - 1) / kLanes;
   const float* w = static_cast<const float*>(p.weight);
-  for (int64_t v = 0; v < vectors;) {
-    const int64_t left = vectors - v;
-    // Four are two and two: few sums do not cover the latency of the products.
-    const int64_t take = left >= kMostVectors && left != kMostVectors + 1 ? kMostVectors : left >= 2 ? 2 : 1;
-    const auto rows = take == 3 ? panel_rows<3> : take == 2 ? panel_rows<2> : panel_rows<1>;
+  for (int64_t v = 0, take; v < vectors; v += take) {
+    take = panel_vectors(vectors - v);
+    const auto rows = take == 3 ? panel_rows<kPairs, 3> : take == 2 ? panel_rows<kPairs, 2> : panel_rows<kPairs, 1>;
     rows(p, 0, x_words, w + v * words * kLanes, words, v * kLanes);
-    v += take;
   }
 }
 
-// elementwise_body.h's gelu_tanh in 14 instructions instead of 22, since two a cycle bound it: exp2<3>'s polynomial
-// (7.5e-5) with the exponent taken and put back by instructions made for it, which also saturate, and a reciprocal of
-// 14 bits (6e-5). Magnitudes are held at 2^20, so that a cube does not overflow: beyond 20 the result is x or 0 anyway.
+void product(const LinearPiece& p, int64_t x_words) {
+  p.operand == Operand::kBf16Pair ? product_of<true>(p, x_words) : product_of<false>(p, x_words);
+}
+
+// elementwise_body.h's gelu_tanh in 11 instructions instead of 22, since two a cycle bound it: exp2<3>'s polynomial
+// (7.5e-5), of what lies above the next integer below, which VREDUCEPS gives and VSCALEFPS puts back; both take
+// infinities, so that a cube may overflow: beyond 20 the result is x or 0 anyway. A reciprocal of 14 bits (6e-5).
 inline __m512 gelu(__m512 x) {
-  const Vec cubic = set1(-2.30220819813f * 0.044715f), linear = set1(-2.30220819813f);  // -2 sqrt(2/pi) log2(e)
-  const Vec a = {_mm512_range_ps(x, set1(1048576.0f).v, 2)};  // the smaller magnitude, with the sign of x
-  const Vec t = a * fma(a * a, cubic, linear);
-  const Vec n = {_mm512_roundscale_ps(t.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-  const Vec f = t - n;
-  Vec p = fma(set1(5.517166909e-02f), f, set1(2.426111222e-01f));
-  p = fma(p, f, set1(6.932609855e-01f));
-  p = fma(p, f, set1(9.999280735e-01f));
-  return _mm512_mul_ps(x, _mm512_rcp14_ps((set1(1.0f) + Vec{_mm512_scalef_ps(p.v, n.v)}).v));
+  const __m512 cubic = _mm512_set1_ps(-2.30220819813f * 0.044715f), linear = _mm512_set1_ps(-2.30220819813f);
+  const __m512 t = _mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_mul_ps(x, x), cubic, linear));  // -2 sqrt(2/pi) log2(e) …
+  const __m512 f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(7.802452269e-02f), f, _mm512_set1_ps(2.260671554e-01f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.958335406e-01f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.999252185e-01f));
+  return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p, t))));
 }
 
 void pack_gelu(const float* y, int64_t y_stride, int64_t rows, int64_t count, float* words, int64_t x_words) {
