@@ -24,7 +24,7 @@ constexpr int64_t kChunkSlots = 1024, kChunkBytes = 256 * 1024;
 constexpr int64_t kMaxChunks = 32;
 // Query rows of a sequence that are cut into items of kLaneRows: more are worth packing keys for.
 constexpr int64_t kMostLaneRows = 64;
-// Slots of such an item that are worth two, so that an odd number of heads divides among two threads.
+// Slots of such an item that are worth two, if it is the last head of an odd number, which so divides among two threads.
 constexpr int64_t kLeastHalves = 64;
 // Elements of a piece of merge_attention: a few microseconds.
 constexpr int64_t kMergeElements = 16384;
@@ -168,7 +168,8 @@ Plan plan(const AttentionJob& job, Sequences seqs, AttentionItem* items, Attenti
         AttentionItem item{static_cast<int64_t>(q), g, t0, t1, begin, end, -1, -1, 0};
         const int64_t least = std::max(kChunkSlots, kChunkBytes / static_cast<int64_t>(job.pages.row_bytes));
         int64_t chunk = round_up(std::max(least, (end - begin) / kMaxChunks), kChunkSlots);
-        if (job.lanes(item) && end - begin >= kLeastHalves)
+        const bool last_of_odd = job.shape.kv_heads % 2 == 1 && g + 1 == job.shape.kv_heads;
+        if (last_of_odd && job.lanes(item) && end - begin >= kLeastHalves)
           chunk = std::min(chunk, round_up((end - begin + 1) / 2, kLaneRows));
         if ((blocks > 1 && !job.lanes(item)) || end - begin <= chunk) {
           add(item);
