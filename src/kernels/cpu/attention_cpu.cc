@@ -35,7 +35,7 @@ int64_t blocked_workspace(const AttentionJob& job, const AttentionItem& item) {
          kRowBlock * 12 + tokens * 16;
 }
 
-void blocked_item(Context& ctx, const AttentionJob& job, Sequences seqs, AttentionItem& item, int thread) {
+int64_t blocked_item(Context& ctx, const AttentionJob& job, Sequences seqs, const AttentionItem& item, int thread) {
   const AttentionSequence& s = seqs[static_cast<size_t>(item.sequence)];
   const KvHeadView& head = s.heads[item.head];
   const TileOps& tile = job.tile;
@@ -65,7 +65,7 @@ void blocked_item(Context& ctx, const AttentionJob& job, Sequences seqs, Attenti
   std::fill_n(sums, rows * ld, 0.0f);
   std::fill_n(max, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(total, rows, 0.0f);
-  visible_slots(job, s, item, begin, end);
+  const int64_t pairs = visible_slots(job, s, item, begin, end);
 
   const int64_t last = end[tokens - 1];
   for (int64_t slot = begin[0] / kKeyTile * kKeyTile; slot < last; slot += kKeyTile) {
@@ -94,6 +94,7 @@ void blocked_item(Context& ctx, const AttentionJob& job, Sequences seqs, Attenti
     }
   }
   finish(job, s, item, sums, max, total);
+  return pairs;
 }
 
 // Puts the chunks of one head together by their log-sum-exp, in the order of their slots.
@@ -165,7 +166,7 @@ Plan plan(const AttentionJob& job, Sequences seqs, AttentionItem* items, Attenti
         const int64_t end = job.end(s, head, t1 - 1);
         const int64_t begin =
             first_visible(job.layout, head, 0, s.first_position + t0, job.shape.window) / kKeyTile * kKeyTile;
-        AttentionItem item{static_cast<int64_t>(q), g, t0, t1, begin, end, -1, -1, 0};
+        AttentionItem item{static_cast<int64_t>(q), g, t0, t1, begin, end, -1, -1};
         const int64_t least = std::max(kChunkSlots, kChunkBytes / static_cast<int64_t>(job.pages.row_bytes));
         int64_t chunk = round_up(std::max(least, (end - begin) / kMaxChunks), kChunkSlots);
         const bool last_of_odd = job.shape.kv_heads % 2 == 1 && g + 1 == job.shape.kv_heads;
@@ -285,14 +286,9 @@ int64_t AttentionRun::first_item(int64_t sequence) const {
 
 int64_t AttentionRun::item(std::span<const AttentionSequence> seqs, int64_t index, int thread) {
   const AttentionJob& job = *job_;
-  AttentionItem& item = job.items[index];
-  if (job.lanes(item))
-    lane_item(*ctx_, job, seqs, item, thread);
-  else if (job.streams(item))
-    streaming_item(*ctx_, job, seqs, item, thread);
-  else
-    blocked_item(*ctx_, job, seqs, item, thread);
-  const int64_t pairs = item.pairs;
+  const AttentionItem& item = job.items[index];
+  const auto run = job.lanes(item) ? lane_item : job.streams(item) ? streaming_item : blocked_item;
+  const int64_t pairs = run(*ctx_, job, seqs, item, thread);
   // Who is done last puts the chunks together, and leaves the count for the next layer's.
   if (item.merge >= 0) {
     AttentionMerge& merge = job.merges[item.merge];

@@ -15,14 +15,13 @@ inline constexpr int64_t kStreamRows = 16;
 inline constexpr int64_t kLeastLaneRows = 13, kLaneRows = 16;
 inline constexpr float kLn2 = 0.693147180559945309f;
 
-// The work of one thread at a time; with a line of its own, since the thread writes to it.
-struct alignas(64) AttentionItem {
+// The work of one thread at a time.
+struct AttentionItem {
   int64_t sequence, head;
   int64_t token_begin, token_end;
   int64_t slot_begin, slot_end;
   int64_t partial;  // where its unfinished result goes, in floats; -1: it is the only chunk
   int64_t merge;    // which puts it together with the others
-  int64_t pairs;    // query rows x visible slots, once it is done
 };
 
 // Chunks of one head to be put together: items [first, first + chunks).
@@ -100,25 +99,26 @@ class Carver {
   std::byte* at_;
 };
 
-// The slots each token of an item sees, clipped to the item's: [begin, end), both ascending.
-inline void visible_slots(const AttentionJob& job, const AttentionSequence& s, AttentionItem& item, int64_t* begin,
-                          int64_t* end) {
+// The slots each token of an item sees, clipped to the item's: [begin, end), both ascending. Query rows x visible slots.
+inline int64_t visible_slots(const AttentionJob& job, const AttentionSequence& s, const AttentionItem& item,
+                             int64_t* begin, int64_t* end) {
   const KvHeadView& head = s.heads[item.head];
-  int64_t lo = item.slot_begin;
-  item.pairs = 0;
+  const bool by_blocks = job.shape.block > 1 && job.shape.causal;
+  int64_t lo = item.slot_begin, pairs = 0;
   int64_t see = 0, same = item.token_begin;  // the end of tokens before `same`
-  for (int64_t t = item.token_begin; t < item.token_end; ++t) {
+  for (int64_t t = item.token_begin, last = item.token_end, slot_end = item.slot_end; t < last; ++t) {
     if (job.shape.window > 0) lo = first_visible(job.layout, head, lo, s.first_position + t, job.shape.window);
-    const int64_t b = std::min(lo, item.slot_end);
+    const int64_t b = std::min(lo, slot_end);
     if (t == same) {
       see = job.end(s, head, t);
-      same = job.shape.block > 1 && job.shape.causal ? see - (head.length - s.tokens) : t + 1;
+      same = by_blocks ? see - (head.length - s.tokens) : t + 1;
     }
-    const int64_t e = std::max(b, std::min(item.slot_end, see));
+    const int64_t e = std::max(b, std::min(slot_end, see));
     *begin++ = b;
     *end++ = e;
-    item.pairs += (e - b) * job.group;
+    pairs += e - b;
   }
+  return pairs * job.group;
 }
 
 // The columns of a tile at `slot` that rows [row, row + n) see; rows are tokens x group.
@@ -139,10 +139,11 @@ inline void row_ranges(const int64_t* begin, const int64_t* end, int64_t row, in
 void finish(const AttentionJob& job, const AttentionSequence& s, const AttentionItem& item, const float* sums,
             const float* max, const float* total);
 
-// Bytes that an item takes from its thread's workspace, and the item. 64 bytes for each array cover the alignment.
+// Bytes that an item takes from its thread's workspace, and the item, which says what visible_slots() does. 64 bytes for
+// each array cover the alignment.
 int64_t streaming_workspace(const AttentionJob& job, const AttentionItem& item);
-void streaming_item(Context& ctx, const AttentionJob& job, Sequences seqs, AttentionItem& item, int thread);
+int64_t streaming_item(Context& ctx, const AttentionJob& job, Sequences seqs, const AttentionItem& item, int thread);
 int64_t lane_workspace(const AttentionJob& job, const AttentionItem& item);
-void lane_item(Context& ctx, const AttentionJob& job, Sequences seqs, AttentionItem& item, int thread);
+int64_t lane_item(Context& ctx, const AttentionJob& job, Sequences seqs, const AttentionItem& item, int thread);
 
 }  // namespace lacuna::cpu

@@ -105,7 +105,7 @@ int64_t streaming_workspace(const AttentionJob& job, const AttentionItem& item) 
   return 16 * 64 + rows * (2 * job.ld * 4 + 160) + tile_rows(rows) * kStreamTile * 6 + query + tokens * 16;
 }
 
-void streaming_item(Context& ctx, const AttentionJob& job, Sequences seqs, AttentionItem& item, int thread) {
+int64_t streaming_item(Context& ctx, const AttentionJob& job, Sequences seqs, const AttentionItem& item, int thread) {
   const AttentionSequence& s = seqs[static_cast<size_t>(item.sequence)];
   const KvHeadView& head = s.heads[item.head];
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), ld = job.ld;
@@ -136,7 +136,7 @@ void streaming_item(Context& ctx, const AttentionJob& job, Sequences seqs, Atten
   std::fill_n(sums, rows * ld, 0.0f);
   std::fill_n(max, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(total, rows, 0.0f);
-  visible_slots(job, s, item, begin, end);
+  const int64_t pairs = visible_slots(job, s, item, begin, end);
 
   std::fill_n(narrow_total, narrow ? rows * 16 : 0, 0.0f);
   void* p = narrow ? static_cast<void*>(narrow_p) : scores;
@@ -209,6 +209,7 @@ void streaming_item(Context& ctx, const AttentionJob& job, Sequences seqs, Atten
     }
   }
   finish(job, s, item, sums, max, total);
+  return pairs;
 }
 
 int64_t lane_workspace(const AttentionJob& job, const AttentionItem& item) {
@@ -216,7 +217,7 @@ int64_t lane_workspace(const AttentionJob& job, const AttentionItem& item) {
   return 12 * 64 + kLaneRows * (job.d() * 2 + job.ld * 4 + 16) + kLanePairs * (kLaneRows + job.d()) * 4 + tokens * 16;
 }
 
-void lane_item(Context& ctx, const AttentionJob& job, Sequences seqs, AttentionItem& item, int thread) {
+int64_t lane_item(Context& ctx, const AttentionJob& job, Sequences seqs, const AttentionItem& item, int thread) {
   const AttentionSequence& s = seqs[static_cast<size_t>(item.sequence)];
   const KvHeadView& head = s.heads[item.head];
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item), d = job.d();
@@ -239,7 +240,7 @@ void lane_item(Context& ctx, const AttentionJob& job, Sequences seqs, AttentionI
   lanes.sums = item.partial >= 0 ? job.partials + item.partial : sums;
   lanes.ld = job.ld;
 
-  visible_slots(job, s, item, begin, end);
+  const int64_t pairs = visible_slots(job, s, item, begin, end);
   const float* q[kLaneRows];
   float* out[kLaneRows];
   int64_t row = 0;
@@ -279,12 +280,13 @@ void lane_item(Context& ctx, const AttentionJob& job, Sequences seqs, AttentionI
   if (item.partial >= 0) {
     std::copy_n(lanes.max, rows, lanes.sums + rows * job.ld);
     std::copy_n(lanes.total, rows, lanes.sums + rows * (job.ld + 1));
-    return;
+    return pairs;
   }
   job.lane_ops->divide(lanes, out, job.d());
   for (int64_t i = 0; s.lse && i < rows; ++i)
     job.lse(s, item.head, item.token_begin + i / job.group)[i % job.group] =
         (lanes.max[i] + std::log2(lanes.total[i])) * kLn2;
+  return pairs;
 }
 
 }  // namespace lacuna::cpu
