@@ -73,13 +73,10 @@ struct BlockDiffusionGenerator::Ledger : TraceSink {
   ~Ledger() override {
     if (on) ctx.trace = nullptr;
   }
-  void record(const OpRecord& r) override {
-    if (part) part->record(r);
-    if (all) all->record(r);
-  }
+  void record(const OpRecord& r) override { part->record(r); }
   Context& ctx;
   bool on;
-  OpTotals *part = nullptr, *all = nullptr;
+  OpTotals* part = nullptr;  // set before anything reports
 };
 
 BlockDiffusionGenerator::BlockDiffusionGenerator(Context& ctx, ColaModel& model, const Tokenizer* tokenizer,
@@ -446,7 +443,6 @@ std::vector<GenerateResult> BlockDiffusionGenerator::generate(std::span<const Ge
   read();
 
   Ledger ledger(ctx_);
-  ledger.all = &stats_.decode_ops;
   const auto start = Clock::now();
   std::vector<Sequence*> live, noisy;
   for (;;) {
@@ -480,6 +476,8 @@ std::vector<GenerateResult> BlockDiffusionGenerator::generate(std::span<const Ge
       for (auto& s : sequences) finish(*s, s->ended ? FinishReason::kEndOfText : FinishReason::kLength, callbacks);
   }
   stats_.decode_seconds = seconds_since(start);
+  stats_.decode_ops = stats.denoise_ops;
+  stats_.decode_ops += stats.vae_ops;
   stats_.kv_peak_bytes = ctx_.memory.peak(MemoryTag::kKv);
   stats_.kv_now_bytes = ctx_.memory.now(MemoryTag::kKv);
   std::vector<GenerateResult> results;

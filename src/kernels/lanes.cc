@@ -34,21 +34,27 @@ void add(OpRecord& sum, const OpRecord& r) {
 struct Lanes::Lane : TraceSink {
   explicit Lane(MemoryAccount& memory) : ctx(memory, 1) { ctx.last_op = &last_op; }
   void record(const OpRecord& r) override {
-    std::vector<OpRecord>& all = records[phase];
-    if (at == all.size())
-      all.push_back(r);
+    const size_t i = starts[phase] + at++;
+    if (i == records.size())
+      records.push_back(r);
     else
-      add(all[at], r);
-    ++at;
+      add(records[i], r);
+  }
+  std::span<OpRecord> of_phase(size_t p) {
+    if (p >= starts.size()) return {};
+    const size_t end = p + 1 < starts.size() ? starts[p + 1] : records.size();
+    return std::span(records).subspan(starts[p], end - starts[p]);
   }
   Context ctx;
   std::chrono::steady_clock::time_point last_op;
-  // Of one op after the other of a phase, over the lane's pieces. Phases are loops of the chain, steps and mixings.
-  std::vector<std::vector<OpRecord>> records;
+  // Of one op after the other of a phase, over the lane's pieces, and where each phase's begin. Phases are loops of the
+  // chain, steps and mixings. All in one place: the caller's core fetches them from this lane's.
+  std::vector<OpRecord> records;
+  std::vector<size_t> starts;
   size_t phase = 0, at = 0;  // where the piece's next goes
 };
 
-void Lanes::begin(Context& ctx, int64_t phases) {
+void Lanes::begin(Context& ctx) {
   const int64_t threads = ctx.pool.size();
   if (static_cast<int64_t>(lanes_.size()) != threads || &lanes_[0]->ctx.memory != &ctx.memory) {
     lanes_.clear();
@@ -58,28 +64,33 @@ void Lanes::begin(Context& ctx, int64_t phases) {
     lane->ctx.activations = ctx.activations;
     lane->ctx.layer = ctx.layer;
     lane->ctx.trace = ctx.trace ? lane.get() : nullptr;
-    lane->records.resize(static_cast<size_t>(phases));
-    for (auto& records : lane->records) records.clear();
+    lane->records.clear();
+    lane->starts.clear();
   }
 }
 
 Context& Lanes::enter(int thread, int64_t phase) {
   Lane& lane = *lanes_[static_cast<size_t>(thread)];
+  if (!lane.ctx.trace) return lane.ctx;
   lane.phase = static_cast<size_t>(phase);
   lane.at = 0;
-  if (lane.ctx.trace) lane.last_op = std::chrono::steady_clock::now();
+  while (lane.starts.size() <= lane.phase) lane.starts.push_back(lane.records.size());
+  lane.last_op = std::chrono::steady_clock::now();
   return lane.ctx;
 }
 
-void Lanes::report(Context& ctx) {
+void Lanes::report(Context& ctx, int64_t phases) {
   if (!ctx.trace) return;
   const auto threads = static_cast<int64_t>(lanes_.size());
-  for (size_t phase = 0; phase < lanes_[0]->records.size(); ++phase) {
-    std::vector<OpRecord>& sum = lanes_[0]->records[phase];
-    for (size_t t = 1; t < lanes_.size(); ++t) {
-      std::vector<OpRecord>& other = lanes_[t]->records[phase];
-      if (sum.empty()) sum.swap(other);
-      for (size_t i = 0; i < other.size(); ++i) add(sum[i], other[i]);
+  for (size_t phase = 0; phase < static_cast<size_t>(phases); ++phase) {
+    std::span<OpRecord> sum;
+    for (const auto& lane : lanes_) {
+      const std::span<OpRecord> own = lane->of_phase(phase);
+      if (sum.empty()) {
+        sum = own;
+        continue;
+      }
+      for (size_t i = 0; i < own.size(); ++i) add(sum[i], own[i]);
     }
     for (OpRecord& r : sum) {
       r.duration_ns /= threads;
@@ -97,6 +108,8 @@ void Lanes::rows(Context& ctx, int64_t m, const Rows& body) {
 
 // To the threads' runs of a chain's loop like cards, so that what gets shorter from first to last is shared out evenly.
 void Lanes::deal(int64_t count, int64_t threads) {
+  if (static_cast<int64_t>(dealt_.size()) == count && dealt_to_ == threads) return;
+  dealt_to_ = threads;
   dealt_.resize(static_cast<size_t>(count));
   std::vector<int64_t> next(static_cast<size_t>(threads));
   for (int64_t r = 0; r < threads; ++r) next[static_cast<size_t>(r)] = count * r / threads;
@@ -110,7 +123,7 @@ void Lanes::deal(int64_t count, int64_t threads) {
 
 void Lanes::chain(Context& ctx, int64_t m, const Steps& steps) {
   const int64_t phases = 2 * steps.steps - 1, rows = rows_of_piece(m, ctx.pool.size());
-  begin(ctx, phases);
+  begin(ctx);
   counts_.resize(static_cast<size_t>(phases));
   for (size_t i = 0; i < counts_.size(); ++i) counts_[i] = i % 2 == 0 ? ceil_div(m, rows) : steps.items;
   deal(steps.items, ctx.pool.size());
@@ -122,11 +135,11 @@ void Lanes::chain(Context& ctx, int64_t m, const Steps& steps) {
       steps.mix(lane, phase / 2, dealt_[static_cast<size_t>(index)], thread);
   };
   ctx.pool.parallel_chain(counts_, std::ref(piece));
-  report(ctx);
+  report(ctx, phases);
 }
 
 void Lanes::apart(Context& ctx, std::span<const Piece> pieces, int64_t m, const Steps& steps) {
-  begin(ctx, 2 * steps.steps - 1);
+  begin(ctx);
   const auto count = static_cast<int64_t>(pieces.size());
   deal(count, ctx.pool.size());
   const auto piece = [&](int64_t, int64_t index, int thread) {
@@ -139,7 +152,7 @@ void Lanes::apart(Context& ctx, std::span<const Piece> pieces, int64_t m, const 
     }
   };
   ctx.pool.parallel_chain({&count, 1}, std::ref(piece));
-  report(ctx);
+  report(ctx, 2 * steps.steps - 1);
 }
 
 }  // namespace lacuna

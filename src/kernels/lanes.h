@@ -39,12 +39,13 @@ class Lanes {
 
  private:
   struct Lane;
-  void begin(Context& ctx, int64_t phases);
+  void begin(Context& ctx);
   void deal(int64_t count, int64_t threads);
   Context& enter(int thread, int64_t phase);
-  void report(Context& ctx);
+  void report(Context& ctx, int64_t phases);
   std::vector<std::shared_ptr<Lane>> lanes_;  // one a thread
   std::vector<int64_t> counts_, dealt_;
+  int64_t dealt_to_ = 0;  // threads
 };
 
 }  // namespace lacuna

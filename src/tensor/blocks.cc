@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace lacuna {
@@ -51,7 +52,7 @@ class Slabs {
     const std::lock_guard lock(mutex_);
     Size& size = size_of(bytes);
     if (!size.room) {
-      void* data = huge(kHugePage);
+      void* data = spare_ ? std::exchange(spare_, nullptr) : huge(kHugePage);
       if (!data) return nullptr;
       size.room = new (data) Slab{bytes};
     }
@@ -75,7 +76,9 @@ class Slabs {
     if (was_full) link(size, slab);
     if (--slab->used > 0) return;
     unlink(size, slab);
-    std::free(slab);
+    // One stays, for whatever size comes next: the system takes 100 us to give and clear another.
+    std::free(spare_);
+    spare_ = slab;
   }
 
  private:
@@ -102,6 +105,7 @@ class Slabs {
 
   std::mutex mutex_;
   std::vector<Size> sizes_;
+  void* spare_ = nullptr;
 };
 
 Slabs& slabs() {

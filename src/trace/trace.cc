@@ -25,6 +25,18 @@ void OpTotals::record(const OpRecord& r) {
     tokens[experts] += r.m;
 }
 
+OpTotals& OpTotals::operator+=(const OpTotals& other) {
+  for (size_t i = 0; i < sums_.size(); ++i) sums_[i] += other.sums_[i];
+  expert_tokens_.resize(std::max(expert_tokens_.size(), other.expert_tokens_.size()));
+  for (size_t layer = 0; layer < other.expert_tokens_.size(); ++layer) {
+    const std::vector<int64_t>& from = other.expert_tokens_[layer];
+    std::vector<int64_t>& to = expert_tokens_[layer];
+    to.resize(std::max(to.size(), from.size()));
+    for (size_t e = 0; e < from.size(); ++e) to[e] += from[e];
+  }
+  return *this;
+}
+
 OpTotals::Sum& OpTotals::Sum::operator+=(const Sum& o) {
   calls += o.calls;
   macs += o.macs;

@@ -56,6 +56,7 @@ class OpTotals : public TraceSink {
     Sum& operator+=(const Sum& other);
   };
   void record(const OpRecord& r) override;
+  OpTotals& operator+=(const OpTotals& other);
   const Sum& of(OpKind kind) const { return sums_[static_cast<size_t>(kind)]; }
   Sum total() const;
   // Tokens that each expert of each layer ran: [layer][expert], from the records of kRouter (which say how
