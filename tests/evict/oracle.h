@@ -19,6 +19,7 @@ struct OracleLayer {
   std::vector<std::vector<double>> queries_raw;  // [H] of [n, d]
   std::vector<std::vector<double>> keys, values;  // [G] of [n, d]
   std::vector<std::vector<double>> projected;  // [H] of [n, D]: v W_O^h
+  std::vector<double> gain;                    // [H]: Frobenius norm of W_O^h
 
   double a(int h, int64_t t, int64_t i) const { return attention[static_cast<size_t>(h)][static_cast<size_t>(t * n + i)]; }
   double k(int g, int64_t i, int j) const { return keys[static_cast<size_t>(g)][static_cast<size_t>(i * d + j)]; }
@@ -114,6 +115,9 @@ inline OracleLayer oracle_layer(Context& ctx, const Model& model, const Sequence
     o.attention.push_back(std::move(p));
     o.queries_raw.push_back(std::move(r));
     o.projected.push_back(std::move(projected));
+    double square = 0;
+    for (const double w : blocks[static_cast<size_t>(h)]) square += w * w;
+    o.gain.push_back(std::sqrt(square));
   }
   return o;
 }
