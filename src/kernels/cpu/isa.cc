@@ -16,6 +16,7 @@ constexpr Isa kLevels[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512B
 
 // The level in use, or -1 before the first question.
 std::atomic<int> level{-1};
+std::optional<bool> fast_pairs;  // what a test says instead of the processor
 
 #if defined(__x86_64__)
 // Clang's builtin does not know this feature's name.
@@ -71,6 +72,7 @@ Isa detected_isa() {
 }
 
 bool has_fast_bf16_pairs() {
+  if (fast_pairs) return *fast_pairs;
 #if defined(__x86_64__)
   static const bool has = is_amd();
   return has;
@@ -101,11 +103,15 @@ Isa cpu_isa() {
   return static_cast<Isa>(now);
 }
 
-ScopedIsa::ScopedIsa(Isa isa) : before_(level.load()) {
+ScopedIsa::ScopedIsa(Isa isa, std::optional<bool> fast_bf16_pairs) : before_(level.load()), pairs_before_(fast_pairs) {
   LACUNA_CHECK(isa <= detected_isa());
   level.store(static_cast<int>(isa));
+  if (fast_bf16_pairs) fast_pairs = fast_bf16_pairs;
 }
 
-ScopedIsa::~ScopedIsa() { level.store(before_); }
+ScopedIsa::~ScopedIsa() {
+  level.store(before_);
+  fast_pairs = pairs_before_;
+}
 
 }  // namespace lacuna

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 
 namespace lacuna {
@@ -33,17 +34,18 @@ bool has_full_width_units();
 // GFLOP/s a core, so that where arithmetic decides, products there widen their operands instead.
 bool has_fast_bf16_pairs();
 
-// Holds cpu_isa() at a level while it lives, so that one test process runs every body. Not to be
-// used while other threads run kernels; the level must not exceed detected_isa().
+// Holds cpu_isa() at a level while it lives, so that one test process runs every body, and pairs at fast or slow if that
+// is said. Not to be used while other threads run kernels; the level must not exceed detected_isa().
 class ScopedIsa {
  public:
-  explicit ScopedIsa(Isa isa);
+  explicit ScopedIsa(Isa isa, std::optional<bool> fast_bf16_pairs = {});
   ~ScopedIsa();
   ScopedIsa(const ScopedIsa&) = delete;
   ScopedIsa& operator=(const ScopedIsa&) = delete;
 
  private:
   int before_;
+  std::optional<bool> pairs_before_;
 };
 
 }  // namespace lacuna

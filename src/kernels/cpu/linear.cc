@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "kernels/cpu/isa.h"
@@ -70,9 +71,17 @@ void linear_small(Context& ctx, const LinearBodies& b, Operand operand, const Li
   });
 }
 
-// Whether a product takes the weight's panels: those of wide weights hold f32, the others' pairs.
-bool takes_panels(const LinearWeight& w, Operand operand) {
-  return w.panels && (operand == Operand::kBf16Pair || is_wide(w.weight.dtype));
+// The operand of products with panels, whose words are what panels hold; none: no such products. Weights that bf16 holds
+// are f32 there as well where pairs are slower.
+std::optional<Operand> panel_operand(ActivationType activations, DType weights, const LinearBodies& b) {
+  if (!b.panels) return {};
+  const Operand own = operand_for(activations, weights, b);
+  if (is_wide(weights)) return own;
+  if (own != Operand::kBf16Pair) return {};
+  return has_fast_bf16_pairs() ? own : Operand::kF32Rounded;
+}
+std::optional<Operand> panel_operand(const Context& ctx, const LinearWeight& w) {
+  return w.panels ? panel_operand(ctx.activations, w.weight.dtype, linear_bodies()) : std::nullopt;
 }
 
 // Words of a row of k values for products with panels: where the small-M bodies want them.
@@ -108,7 +117,8 @@ void panel_products(Context& ctx, const LinearBodies& b, Operand operand, const 
     }
     panels.product(p, x_words);
     const int64_t gelu_words = panel_words(b, operand, n);
-    if (gelu) panels.pack_gelu(p.y, p.y_stride, p.m, p.count, gelu + row * gelu_words + first / 2, gelu_words);
+    if (gelu)
+      panels.pack_gelu(operand, p.y, p.y_stride, p.m, p.count, gelu + row * gelu_words + words(operand, first), gelu_words);
   };
   ctx.pool.parallel_for(row_pieces * column_pieces, std::ref(product));
 }
@@ -166,7 +176,8 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
             int64_t x_stride, int64_t y_stride) {
   const LinearBodies& b = linear_bodies();
   const Operand operand = operand_for(ctx.activations, w.weight.dtype, b);
-  if (takes_panels(w, operand)) return linear_panels(ctx, b, operand, w, x, m, y, mode, x_stride, y_stride);
+  if (const auto packed = panel_operand(ctx, w))
+    return linear_panels(ctx, b, *packed, w, x, m, y, mode, x_stride, y_stride);
   const bool pair_codes = w.weight.dtype == DType::kI8 && operand == Operand::kBf16Pair;
   if (m <= (pair_codes ? kMaxSmallCodeRows : kMaxSmallRows))
     return linear_small(ctx, b, operand, w, x, m, y, mode, x_stride, y_stride);
@@ -179,41 +190,38 @@ void linear(Context& ctx, const LinearWeight& w, const float* x, int64_t m, floa
 }
 
 bool packs_gelu(const Context& ctx, const LinearWeight& in, const LinearWeight& out) {
-  const auto has = [&](const LinearWeight& w) {
-    return w.panels && operand_for(ctx.activations, w.weight.dtype, linear_bodies()) == Operand::kBf16Pair;
-  };
-  return has(in) && has(out) && in.out() % 32 == 0;
+  const auto a = panel_operand(ctx, in), b = panel_operand(ctx, out);
+  return a && a == b && a != Operand::kF32 && in.out() % 32 == 0;
 }
 
 const float* linear_gelu(Context& ctx, const LinearWeight& w, const float* x, int64_t m) {
-  constexpr Operand kPair = Operand::kBf16Pair;
+  const Operand operand = *panel_operand(ctx, w);
   const LinearBodies& b = linear_bodies();
-  const int64_t x_size = m * panel_words(b, kPair, w.in());
+  const int64_t x_size = m * panel_words(b, operand, w.in());
   float* packed =
-      ctx.workspace<float>(ctx.shared_slot(), static_cast<size_t>(x_size + m * panel_words(b, kPair, w.out())));
-  pack_for_panels(ctx, b, kPair, x, m, w.in(), w.in(), packed);
-  panel_products(ctx, b, kPair, w, packed, m, nullptr, LinearMode::kStore, 0, packed + x_size);
+      ctx.workspace<float>(ctx.shared_slot(), static_cast<size_t>(x_size + m * panel_words(b, operand, w.out())));
+  pack_for_panels(ctx, b, operand, x, m, w.in(), w.in(), packed);
+  panel_products(ctx, b, operand, w, packed, m, nullptr, LinearMode::kStore, 0, packed + x_size);
   return packed + x_size;
 }
 
 void linear_packed(Context& ctx, const LinearWeight& w, const float* packed, int64_t m, float* y) {
-  panel_products(ctx, linear_bodies(), Operand::kBf16Pair, w, packed, m, y, LinearMode::kStore, w.out());
+  panel_products(ctx, linear_bodies(), *panel_operand(ctx, w), w, packed, m, y, LinearMode::kStore, w.out());
 }
 
 size_t panel_bytes(ActivationType activations, const Tensor& weight) {
   const LinearBodies& b = linear_bodies();
-  if (!b.panels) return 0;
-  const Operand operand = operand_for(activations, weight.dtype, b);
-  if (operand != Operand::kBf16Pair && !is_wide(weight.dtype)) return 0;
+  const auto operand = panel_operand(activations, weight.dtype, b);
+  if (!operand) return 0;
   const int64_t lanes = b.panels().lanes;
-  return static_cast<size_t>(ceil_div(weight.shape[0], lanes) * lanes * words(operand, weight.shape[1]) * 4);
+  return static_cast<size_t>(ceil_div(weight.shape[0], lanes) * lanes * words(*operand, weight.shape[1]) * 4);
 }
 
 void pack_panels(Context& ctx, const Tensor& weight, void* panels) {
   const LinearBodies& b = linear_bodies();
-  const bool wide = is_wide(weight.dtype);
-  const int64_t n = weight.shape[0], k = weight.shape[1], lanes = b.panels().lanes;
-  const int64_t k_words = words(wide ? Operand::kF32 : Operand::kBf16Pair, k);
+  const Operand operand = *panel_operand(ctx.activations, weight.dtype, b);
+  const bool pairs = operand == Operand::kBf16Pair;
+  const int64_t n = weight.shape[0], k = weight.shape[1], lanes = b.panels().lanes, k_words = words(operand, k);
   // A piece of columns as f32 rows, and from there into the order of the panels.
   const auto pack = [&](int64_t index, int) {
     const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, n - first);
@@ -224,7 +232,7 @@ void pack_panels(Context& ctx, const Tensor& weight, void* panels) {
       return row < count && i < k ? rows[static_cast<size_t>(row * k + i)] : 0.0f;
     };
     const auto word = [&](int64_t row, int64_t j) -> uint32_t {
-      if (wide) return std::bit_cast<uint32_t>(value(row, j));
+      if (!pairs) return std::bit_cast<uint32_t>(value(row, j));
       return to_bf16(value(row, 2 * j)).bits | static_cast<uint32_t>(to_bf16(value(row, 2 * j + 1)).bits) << 16;
     };
     uint32_t* to = static_cast<uint32_t*>(panels) + first * k_words;

@@ -95,12 +95,27 @@ inline __m512 gelu(__m512 x) {
   return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p, t))));
 }
 
-void pack_gelu(const float* y, int64_t y_stride, int64_t rows, int64_t count, float* words, int64_t x_words) {
+template <bool kPairs>
+void pack_gelu_of(const float* y, int64_t y_stride, int64_t rows, int64_t count, float* words, int64_t x_words) {
   for (int64_t r = 0; r < rows; ++r, y += y_stride, words += x_words)
     for (int64_t c = 0; c < count; c += 2 * kLanes) {
       const __m512 a = gelu(_mm512_loadu_ps(y + c)), b = gelu(_mm512_loadu_ps(y + c + kLanes));
-      _mm512_storeu_ps(words + c / 2, reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(b, a)));
+      const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+      if constexpr (kPairs) {
+        _mm512_storeu_si512(words + c / 2, both);
+        continue;
+      }
+      for (int half = 0; half < 2; ++half) {
+        const __m256i some = half ? _mm512_extracti64x4_epi64(both, 1) : _mm512_castsi512_si256(both);
+        _mm512_storeu_si512(words + c + half * kLanes, _mm512_slli_epi32(_mm512_cvtepu16_epi32(some), 16));
+      }
     }
+}
+
+void pack_gelu(Operand operand, const float* y, int64_t y_stride, int64_t rows, int64_t count, float* words,
+               int64_t x_words) {
+  const auto pack = operand == Operand::kBf16Pair ? pack_gelu_of<true> : pack_gelu_of<false>;
+  pack(y, y_stride, rows, count, words, x_words);
 }
 
 constexpr PanelBodies kBodies{kLanes, product, pack_gelu};
