@@ -34,10 +34,10 @@ void gelu_mlp(Context& ctx, const LinearWeight& in, const LinearWeight& out, con
               float* y);
 
 // A second copy of a weight of a model that stays in the caches, where unpacking the weights of every call costs as
-// much as reading them: words in the order in which products take them, pairs of bf16 or, for weights that
-// bf16 does not hold and where products of pairs are slow, f32. With it a product has one body for any M, whose rows have the
-// bits of the large-M body. Its bytes; 0 where no such product exists (bf16 or int8 weights with f32 activations,
-// processors without bf16 pairs).
+// much as reading them: words in the order in which products take them, pairs of bf16 or, for weights that bf16 does not
+// hold and where products of pairs are slow, f32. With it a product has one body for any M, whose rows have the bits of
+// the large-M body. Its bytes; 0 where no such product exists (bf16 or int8 weights with f32 activations, processors
+// without bf16 pairs).
 size_t panel_bytes(const Context& ctx, const LinearWeight& w);
 // Gives all of them panels, which live in the result; none of them, and nothing, if one cannot have any or they would
 // take more than `most` bytes.

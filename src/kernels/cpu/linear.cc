@@ -118,7 +118,8 @@ void panel_products(Context& ctx, const LinearBodies& b, Operand operand, const 
     panels.product(p, x_words);
     const int64_t gelu_words = panel_words(b, operand, n);
     if (gelu)
-      panels.pack_gelu(operand, p.y, p.y_stride, p.m, p.count, gelu + row * gelu_words + words(operand, first), gelu_words);
+      panels.pack_gelu(operand, p.y, p.y_stride, p.m, p.count, gelu + row * gelu_words + words(operand, first),
+                       gelu_words);
   };
   ctx.pool.parallel_for(row_pieces * column_pieces, std::ref(product));
 }

@@ -89,8 +89,9 @@ struct DigitBodies {
 // What an int32 sum of a digit and a code, both as large as they get, takes of k.
 inline constexpr int64_t kMaxDigitK = int64_t{1} << 16;
 
-// Products with weights packed beforehand (LinearWeight::panels), as the operand says: words of pairs or of f32. A panel is of up to three vectors of `lanes` weight rows, and word i of its row n is word [i][n]; panel_vectors()
-// says how the rows of a piece of kPanelColumns are divided.
+// Products with weights packed beforehand (LinearWeight::panels), as the operand says: words of pairs or of f32. A panel
+// is of up to three vectors of `lanes` weight rows, and word i of its row n is word [i][n]; panel_vectors() says how the
+// rows of a piece of kPanelColumns are divided.
 struct PanelBodies {
   int lanes = 0;
   // As LinearBodies::large for any m and count, x as for small with rows x_words apart; piece.weight is the first panel
@@ -98,7 +99,8 @@ struct PanelBodies {
   void (*product)(const LinearPiece& piece, int64_t x_words);
   // gelu_tanh of `rows` rows of `count` values, a multiple of 32, as words of x, of pairs or rounded to bf16: exact to
   // 2e-4, well below what that rounds off.
-  void (*pack_gelu)(Operand operand, const float* y, int64_t y_stride, int64_t rows, int64_t count, float* words, int64_t x_words);
+  void (*pack_gelu)(Operand operand, const float* y, int64_t y_stride, int64_t rows, int64_t count, float* words,
+                    int64_t x_words);
 };
 // Vectors of the next panel, of those that are left. Four are two and two: few sums do not cover the latency of the
 // products.
