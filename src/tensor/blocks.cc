@@ -76,7 +76,7 @@ class Slabs {
     if (was_full) link(size, slab);
     if (--slab->used > 0) return;
     unlink(size, slab);
-    // One stays, for whatever size comes next: the system takes 100 us to give and clear another.
+    // One stays, for whatever size comes next: to give one back and get another, cleared, takes some 50 us.
     std::free(spare_);
     spare_ = slab;
   }

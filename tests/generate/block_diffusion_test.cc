@@ -176,7 +176,13 @@ TEST_F(Cola, OnePassReadsTheWeightsOnceForAll) {
     const std::vector<GenerateRequest> requests(batch, request(8, 8));
     auto g = generator();
     g.generate(requests);
-    return g.stats().diffusion->denoise_ops.total().weight_bytes;
+    const DiffusionStats& d = *g.stats().diffusion;
+    const OpTotals::Sum all = g.stats().decode_ops.total(), dit = d.denoise_ops.total(), vae = d.vae_ops.total();
+    EXPECT_GT(vae.weight_bytes, 0);
+    EXPECT_EQ(all.weight_bytes, dit.weight_bytes + vae.weight_bytes);
+    EXPECT_EQ(all.macs, dit.macs + vae.macs);
+    EXPECT_EQ(all.calls, dit.calls + vae.calls);
+    return dit.weight_bytes;
   };
   EXPECT_EQ(bytes(1), bytes(6));
 }

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <rapidcheck.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -81,22 +82,16 @@ std::vector<double> exact(const Sequence& s, std::vector<double>& state) {
   return out;
 }
 
-// The largest difference over the largest value, or over the largest of sizes: what the terms of the sums come to
-// where the sums themselves may cancel.
+// The largest difference over `size`, or over the largest value.
 template <typename A, typename B>
-double relative(const A& found, const B& expected, const B& sizes) {
-  double worst = 0, size = 1e-30;
+double relative(const A& found, const B& expected, double size = 1e-30) {
+  double worst = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
     const double d = std::fabs(static_cast<double>(found[i]) - static_cast<double>(expected[i]));
     if (!(d <= worst)) worst = d;
-    size = std::max(size, std::fabs(static_cast<double>(sizes[i])));
+    size = std::max(size, std::fabs(static_cast<double>(expected[i])));
   }
   return worst / size;
-}
-
-template <typename A, typename B>
-double relative(const A& found, const B& expected) {
-  return relative(found, expected, expected);
 }
 
 // In pieces of the given lengths (the last one serves what is left).
@@ -109,17 +104,19 @@ void run(Engine& e, Sequence& s, std::vector<int64_t> pieces) {
   }
 }
 
-// Against the recurrence, in the size of its terms: of one token and one channel, decay * state + k * v may be 0.
+// Against the recurrence. Results count for at least a fortieth of what their terms come to: of one token and one
+// channel, decay * state + k * v may be 0.
 double error_of(Engine& e, Sequence s, std::vector<int64_t> pieces) {
   std::vector<double> state(s.state.begin(), s.state.end());
   const auto out = exact(s, state);
   Sequence terms = s;
   for (auto* x : {&terms.q, &terms.k, &terms.v, &terms.state})
     for (float& value : *x) value = std::fabs(value);
-  std::vector<double> state_size(terms.state.begin(), terms.state.end());
-  const auto out_size = exact(terms, state_size);
+  std::vector<double> state_terms(terms.state.begin(), terms.state.end());
+  const auto out_terms = exact(terms, state_terms);
+  const auto fortieth = [](const std::vector<double>& x) { return *std::max_element(x.begin(), x.end()) / 40; };
   run(e, s, std::move(pieces));
-  return std::max(relative(s.out, out, out_size), relative(s.state, state, state_size));
+  return std::max(relative(s.out, out, fortieth(out_terms)), relative(s.state, state, fortieth(state_terms)));
 }
 
 const std::vector<int> kDims = {1, 3, 8, 16, 24, 40, 64, 100, 128};
@@ -134,7 +131,7 @@ TEST(GatedLinearAttention, MatchesDoubleForRandomShapes) {
       const std::vector<int64_t> pieces = {*rc::gen::inRange(1, 40), *rc::gen::inRange(1, 20), *rc::gen::inRange(1, 60)};
       Engine e;
       const Sequence s(shape_of(heads, group, dk, dv), tokens, *rc::gen::elementOf(kGates), *rc::gen::arbitrary<uint32_t>());
-      RC_ASSERT(error_of(e, s, pieces) < 3e-6);
+      RC_ASSERT(error_of(e, s, pieces) < 1e-5);
     }));
   }
 }

@@ -257,8 +257,8 @@ TEST(Linear, PanelsChangeNoBits) {
           for (int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 29, 64, 65, 150}) {
             std::vector<float> y = before;
             linear(ctx, packed, x.data(), m, y.data(), mode, x_stride, y_stride);
-            for (int64_t i = 0; i < m * y_stride; ++i)
-              ASSERT_EQ(y[static_cast<size_t>(i)], want[static_cast<size_t>(i)]) << n << " x " << k << ", " << m << " rows";
+            ASSERT_TRUE(std::equal(y.begin(), y.begin() + m * y_stride, want.begin()))
+                << n << " x " << k << ", " << m << " rows";
             ASSERT_TRUE(std::equal(y.begin() + m * y_stride, y.end(), before.begin() + m * y_stride));
           }
         }

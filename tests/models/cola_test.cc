@@ -46,6 +46,13 @@ double distance(const Floats& found, const Rows& exact) {
   return i == found.size() ? worst : INFINITY;
 }
 
+double largest(const Rows& rows) {
+  double most = 0;
+  for (const Row& r : rows)
+    for (const double x : r) most = std::max(most, std::fabs(x));
+  return most;
+}
+
 double distance(const Floats& a, const Floats& b) { return distance(a, {Row(b.begin(), b.end())}); }
 
 Floats part(const Floats& x, int64_t begin, int64_t end) { return {x.begin() + begin, x.begin() + end}; }
@@ -136,16 +143,15 @@ TEST(Cola, MatchesTheFormulasInDoubleForRandomShapes) {
       ids.push_back(static_cast<int32_t>(*rc::gen::inRange<int64_t>(0, c.spec.vocab + 1)));
     const auto found = e.encode(ids, {static_cast<int64_t>(ids.size())});
     const auto exact = c.encode(ids);
-    // Rows of few channels may be nearly equal and are normed by nearly nothing: rounding grows, a hundredfold once in
-    // thousands of draws. A posterior mean of two channels survives that in no precision.
+    // A posterior mean of nearly equal values is normed by nearly nothing, which no precision survives.
     if (c.spec.latent > 2 || !c.spec.last_norm) RC_ASSERT(distance(found.mean, exact.mean) <= 2e-3);
-    RC_ASSERT(distance(found.logvar, exact.logvar) <= 2e-3);
+    RC_ASSERT(distance(found.logvar, exact.logvar) <= 1e-4 * std::max(1.0, largest(exact.logvar)));
     const Floats z = normals(n * c.spec.latent, 1);
-    RC_ASSERT(distance(e.decode(z, {{nullptr, n, 0}}), c.decode(as_rows(z, c.spec.latent))) <= 2e-3);
+    RC_ASSERT(distance(e.decode(z, {{nullptr, n, 0}}), c.decode(as_rows(z, c.spec.latent))) <= 1e-4);
     Floats t;
     for (int64_t i = 0; i < n; ++i) t.push_back(*rc::gen::element(0.0f, 31.25f, 500.0f, 999.0f, 1000.0f));
     RC_ASSERT(distance(e.velocity(z, t, {{nullptr, n, 0}}),
-                       c.velocity(as_rows(z, c.spec.latent), std::vector<double>(t.begin(), t.end()))) <= 2e-3);
+                       c.velocity(as_rows(z, c.spec.latent), std::vector<double>(t.begin(), t.end()))) <= 2e-4);
   }));
 }
 

@@ -156,6 +156,12 @@ TEST(Moe, ExpertsWithoutTokensAreNotRead) {
   e.ctx.layer = 0;
   EXPECT_EQ(e.run(layer.weights, x.data(), 20), whole);
   EXPECT_EQ(totals.expert_tokens(), (std::vector<std::vector<int64_t>>{{0, 0, 0, 0, 0, 20, 0, 0}}));
+  OpTotals twice = totals, none;
+  twice += totals;
+  twice += none;
+  none += twice;
+  EXPECT_EQ(none.expert_tokens(), (std::vector<std::vector<int64_t>>{{0, 0, 0, 0, 0, 40, 0, 0}}));
+  EXPECT_EQ(none.of(OpKind::kExpert).macs, 2 * totals.of(OpKind::kExpert).macs);
   // Bytes of weights: the router's, and those of one expert and the shared one.
   EXPECT_EQ(totals.total().weight_bytes, 8 * 32 * 4 + 2 * 3 * 32 * 40 * 4);
 }

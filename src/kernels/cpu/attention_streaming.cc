@@ -93,10 +93,10 @@ class Ahead {
   uint32_t page_, part_;
 };
 
-}  // namespace
-
 // Rows of scores and probabilities: where heads lie in lanes, seven take the room of eight, and two vectors more.
-inline int64_t tile_rows(int64_t rows) { return rows == 7 ? 8 : rows; }
+int64_t tile_rows(int64_t rows) { return rows == 7 ? 8 : rows; }
+
+}  // namespace
 
 int64_t streaming_workspace(const AttentionJob& job, const AttentionItem& item) {
   const int64_t tokens = item.token_end - item.token_begin, rows = job.rows(item);
